@@ -1,0 +1,144 @@
+"""Which implementation serves which device and dtype: one table that dispatch, `explain`, `doctor` and the README read.
+
+Rows of an operator stand in the order `auto` tries them, fastest first, as benchmarks measured it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from kdkernels import _native
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ANY_DTYPE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def always() -> None:
+    """Available everywhere."""
+    return None
+
+
+def triton_why_not() -> str | None:
+    """None when Triton is installed (it is not imported to find out), else the reason."""
+    return None if find_spec("triton") is not None else "Triton is not installed"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of the table."""
+
+    op: str
+    backend: str
+    devices: tuple[str, ...]  # empty: any device
+    dtypes: tuple[torch.dtype, ...]
+    methods: tuple[str, ...]
+    why_not: Callable[[], str | None] = always  # None, or why it cannot run on this machine
+
+    def objection(self, device: str, dtypes: Iterable[torch.dtype]) -> str | None:
+        """None when this implementation serves the case, else the reason."""
+        if self.devices and device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}, not on {device}"
+        for dtype in dtypes:
+            if dtype not in self.dtypes:
+                return f"it does not support {dtype} on {device}"
+        return self.why_not()
+
+
+TABLE: tuple[Implementation, ...] = (
+    Implementation("projection_alignment_loss", "triton", ("cuda",), GPU_FLOATS, ("direct", "gram"), triton_why_not),
+    Implementation("projection_alignment_loss", "native", ("cpu",), FLOATS, ("direct", "gram"), _native.why_not),
+    Implementation("projection_alignment_loss", "reference", (), ANY_DTYPE, ("direct",)),
+)
+
+_default = "auto"
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block, operators called with `backend="auto"` use this backend (process-wide, not per thread)."""
+    global _default
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}")
+    before, _default = _default, backend
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def choose(op: str, requested: str, device: str, dtypes: Iterable[torch.dtype]) -> Implementation:
+    """The implementation that runs.
+
+    A backend asked for by name either serves or raises: ImportError when its module is missing, ValueError when it
+    does not support the case.
+    """
+    dtypes = tuple(dtypes)
+    if requested not in BACKENDS:
+        raise ValueError(f"backend is {requested!r}, but must be one of {', '.join(map(repr, BACKENDS))}")
+    wanted = _default if requested == "auto" else requested
+    rows = [row for row in TABLE if row.op == op and wanted in ("auto", row.backend)]
+    if wanted != "auto":
+        if not rows:
+            raise ValueError(f"backend={wanted!r}: {op} has no such implementation")
+        objections = [row.objection(device, dtypes) for row in rows]
+        if None in objections:
+            return rows[objections.index(None)]
+        if wanted == "native" and device == "cpu":
+            _native.module()  # a missing module is raised as the ImportError it is
+        raise ValueError(f"backend={wanted!r} cannot serve {op}: {objections[0]}")
+    for row in rows:
+        objection = row.objection(device, dtypes)
+        if objection is None:
+            return row
+        if row.backend == "native" and row.devices == (device,) and _native.why_not() is not None:
+            _native.warn_missing()
+    raise ValueError(f"no backend serves {op} for {', '.join(map(str, dtypes))} on {device}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, and why: `str()` is the sentence, the fields are the data."""
+
+    op: str
+    backend: str
+    method: str
+    reasons: dict[str, str]  # for each backend that was passed over: why
+    costs: tuple[Any, ...] = field(default=())  # the methods' FLOPs and bytes
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: backend {self.backend}, method {self.method}"]
+        lines += [
+            f"  {c.method:<9}" + (c.why_not or f"{c.flops / 1e9:10.3f} GFLOP  {c.bytes / 2**20:10.1f} MiB")
+            for c in self.costs
+        ]
+        lines += [f"  not {backend}: {why}" for backend, why in self.reasons.items()]
+        return "\n".join(lines)
+
+
+EXPLAINERS: dict[str, Callable[..., Explanation]] = {}
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which implementation and method a call would use, with the FLOPs and bytes that decided it.
+
+    `op` is an operator (`kd.projection_alignment_loss`) or its name; the rest are the arguments of the call, which is
+    checked but not carried out.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in EXPLAINERS:
+        raise ValueError(f"op is {name!r}, but must be one of {', '.join(map(repr, EXPLAINERS))}")
+    return EXPLAINERS[name](*args, **kwargs)
+
+
+def passed_over(op: str, chosen: Implementation, device: str, dtypes: Iterable[torch.dtype]) -> dict[str, str]:
+    """Why the other backends of `op` were not chosen."""
+    dtypes = tuple(dtypes)
+    rows = [row for row in TABLE if row.op == op and row is not chosen]
+    return {row.backend: row.objection(device, dtypes) or "it was not asked for, or is slower" for row in rows}

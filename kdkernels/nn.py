@@ -1,0 +1,1 @@
+"""Thin modules over the operators."""

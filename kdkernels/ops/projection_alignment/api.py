@@ -1,0 +1,209 @@
+"""`projection_alignment_loss`: the documented function, its checks and its choice of implementation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import backend as backends
+from kdkernels.contract import Contract, check_choice
+from kdkernels.ops.projection_alignment import method as methods
+from kdkernels.ops.projection_alignment import reference, schema
+
+OP = "projection_alignment_loss"
+REDUCTIONS = ("mean", "sum", "none")
+CONTRACT = Contract(
+    student="... d_s",
+    teacher="... d_t",
+    student_proj="D d_s",
+    teacher_proj="D d_t",
+    student_bias="D",
+    teacher_bias="D",
+    weights="...",
+)
+
+
+def projection_alignment_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_proj: Tensor | None = None,
+    teacher_proj: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    metric: str = "cosine",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    method: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Distance of student and teacher points after each was mapped into one shared space.
+
+    With z_s = student @ student_projᵀ + student_bias and z_t likewise, the loss of a point is
+
+    - `"cosine"`: 1 − cos(z_s, z_t), with norms clamped at 1e-8 as in `torch.nn.functional.cosine_similarity`;
+    - `"mse"`: the mean over D of (z_s − z_t)²;
+    - `"angular"`: acos(clamp(cos, −1 + 1e-7, 1 − 1e-7)), the angle of arXiv 2606.00771; its gradient is 0 where the
+      clamp is active.
+
+    Args:
+        student: (..., d_s) hidden states.
+        teacher: (..., d_t) hidden states, with the same leading dimensions.
+        student_proj: (D, d_s) weight as in `torch.nn.Linear`, or None when the student already lives in D.
+        teacher_proj: (D, d_t), or None when the teacher already lives in D.
+        student_bias: (D,), only beside a projection.
+        teacher_bias: (D,), only beside a projection.
+        metric: `"cosine"`, `"mse"` or `"angular"`.
+        weights: (...), of either sign, one per point; a mask may be boolean. A point of weight 0 does not count: what
+            it holds, NaN included, reaches neither the loss nor a gradient. No gradient flows into weights.
+        reduction: `"mean"` divides by the sum of the weights (the number of points without them; if nothing counts,
+            the loss is 0), `"sum"` adds up, `"none"` returns weights · loss in the shape of the leading dimensions.
+        method: `"direct"` projects and reduces block by block; `"gram"` eliminates D through WᵀW, for mse by its
+            Cholesky factor (direct, where that is too ill-conditioned); `"auto"` takes the cheaper
+            by FLOPs and bytes (`kdkernels.explain` shows them). The reference knows the definition alone.
+        backend: `"auto"`, `"reference"`, `"native"` (CPU) or `"triton"` (GPU). One that was asked for by name and
+            cannot serve raises.
+
+    Any mix of float32, bfloat16 and float16 is computed with float32 accumulation and returns a float32 loss; any
+    float64 argument makes both float64. Gradients have their argument's dtype. The accelerated backends are
+    differentiable once; the reference twice.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: shapes, devices or options do not fit; the message names the argument.
+    """
+    call = _prepare(
+        student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights, metric, reduction, method,
+        backend,
+    )  # fmt: skip
+    if call.backend.backend == "reference":
+        losses = reference.weighted_losses(*call.operands, call.weights, metric=metric)
+        return losses.reshape(call.leading) if reduction == "none" else losses.sum() / call.divisor
+    if reduction == "none":
+        points = schema.projection_alignment_points(*call.operands, call.weights, metric, method, call.backend.backend)
+        return points.reshape(call.leading)
+    total, *_ = schema.projection_alignment(
+        *call.operands, call.weights, metric, method, call.needs, call.backend.backend
+    )
+    return total / call.divisor
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked call: flattened operands in the order of `schema.NAMES`, and what will serve it."""
+
+    operands: tuple[Tensor | None, ...]
+    weights: Tensor | None  # (N,)
+    divisor: Any  # what `total` is divided by
+    leading: tuple[int, ...]
+    D: int
+    needs: list[bool]
+    backend: backends.Implementation
+
+
+def _prepare(
+    student: Tensor,
+    teacher: Tensor,
+    student_proj: Tensor | None,
+    teacher_proj: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    weights: Tensor | None,
+    metric: str,
+    reduction: str,
+    method: str,
+    backend: str,
+) -> _Call:
+    check_choice("metric", metric, reference.METRICS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("method", method, methods.METHODS)
+    for side, bias, proj in (("student", student_bias, student_proj), ("teacher", teacher_bias, teacher_proj)):
+        if bias is not None and proj is None:
+            raise ValueError(f"{side}_bias was given, but {side}_proj was not: a bias goes with a projection")
+    weights = _as_weights(weights)
+    operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    unprojected = {letter: "D" for letter, proj in (("d_s", student_proj), ("d_t", teacher_proj)) if proj is None}
+    sizes = CONTRACT.bind(dict(zip(schema.NAMES, operands, strict=True), weights=weights), same=unprojected)
+    operands = _autocast(operands)
+    present = [x for x in operands if x is not None]
+    chosen = backends.choose(OP, backend, student.device.type, {x.dtype for x in present})
+
+    s, t, *rest = operands
+    s, t = s.reshape(-1, s.shape[-1]), t.reshape(-1, t.shape[-1])
+    dtype = reference.accumulation_dtype(*operands[:4])
+    if weights is not None:
+        weights = weights.reshape(-1).to(dtype)
+    return _Call(
+        operands=(s, t, *rest),
+        weights=weights,
+        divisor=_divisor(weights, s.shape[0]) if reduction == "mean" else 1,
+        leading=sizes["..."],
+        D=sizes["D"],
+        needs=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands],
+        backend=chosen,
+    )
+
+
+def _as_weights(weights: Tensor | None) -> Tensor | None:
+    """Masks may be boolean or integer; weights are data, not parameters."""
+    if not isinstance(weights, Tensor):
+        if weights is not None:
+            raise TypeError(f"weights is {type(weights).__name__}, but must be a torch.Tensor")
+        return None
+    if weights.requires_grad:
+        raise ValueError(
+            "weights requires grad, but no gradient flows into weights: use reduction='none' and weigh the losses "
+            "outside, or detach them"
+        )
+    return weights if weights.is_floating_point() else weights.to(torch.float32)
+
+
+def _divisor(weights: Tensor | None, points: int) -> Any:
+    """The sum of the weights, or 1 where nothing counts and the total is 0 already."""
+    if weights is None:
+        return max(points, 1)
+    total = weights.sum()
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _autocast(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Under autocast a projected side is cast as `torch.nn.functional.linear` would cast it."""
+    device = operands[0].device.type  # type: ignore[union-attr]
+    if not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    projected = (operands[2] is not None, operands[3] is not None) * 3
+    return tuple(
+        x.to(dtype) if x is not None and cast and x.dtype is not torch.float64 else x
+        for x, cast in zip(operands, projected, strict=True)
+    )
+
+
+def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
+    import inspect
+
+    bound = inspect.signature(projection_alignment_loss).bind(*args, **kwargs)
+    bound.apply_defaults()
+    a = bound.arguments
+    order = (*schema.NAMES, "weights", "metric", "reduction", "method", "backend")
+    call = _prepare(*(a[name] for name in order))
+    s, t, student_proj, teacher_proj, *_ = call.operands
+    sizes = methods.Sizes(
+        N=s.shape[0],  # type: ignore[union-attr]
+        D=call.D,
+        d_s=None if student_proj is None else student_proj.shape[1],
+        d_t=None if teacher_proj is None else teacher_proj.shape[1],
+        itemsize=reference.accumulation_dtype(*call.operands[:4]).itemsize,
+        needs=tuple(call.needs),
+    )
+    dtypes = {x.dtype for x in call.operands if x is not None}
+    if call.backend.backend == "reference":
+        method, costs = "direct", (methods.direct_cost(sizes),)
+    else:
+        method, costs = methods.choose(a["method"], sizes)
+    reasons = backends.passed_over(OP, call.backend, s.device.type, dtypes)  # type: ignore[union-attr]
+    return backends.Explanation(OP, call.backend.backend, method, reasons, costs)
+
+
+backends.EXPLAINERS[OP] = _explain

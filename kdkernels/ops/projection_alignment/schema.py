@@ -1,0 +1,120 @@
+"""The operators as torch.library sees them: schema, shapes without data, autograd.
+
+Both compute L = Σ_i weights_i · loss_i over flattened points. The reduced operator returns L together with the
+gradients that were asked for: they cost least while a block's projections are in cache, and backward then only
+scales them by the incoming scalar, on the device. The pointwise operator (reduction="none") returns the losses alone,
+and its backward is the reduced operator with the incoming gradient as weights.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops.projection_alignment.reference import accumulation_dtype
+
+NAMES = ("student", "teacher", "student_proj", "teacher_proj", "student_bias", "teacher_bias")
+TWICE = (
+    "projection_alignment_loss computes its gradient in the forward pass and cannot be differentiated twice; "
+    "use backend='reference' for second derivatives"
+)
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("kdkernels::projection_alignment", mutates_args=())
+def projection_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    student_proj: Tensor | None,
+    teacher_proj: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    weights: Tensor | None,
+    metric: str,
+    method: str,
+    needs: list[bool],
+    backend: str,
+) -> Outputs:
+    """Σ_i weights_i · loss_i and its gradients in the order of `NAMES`; those not in `needs` come back empty."""
+    operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    total = student.new_empty((), dtype=accumulation_dtype(*operands[:4]))
+    grads = [_grad_like(x, need) for x, need in zip(operands, needs, strict=True)]
+    _implementation(backend).loss_and_gradients(operands, weights, metric, method, total, grads)
+    return total, *grads
+
+
+@projection_alignment.register_fake
+def _(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights, metric, method, needs, backend):  # type: ignore[no-untyped-def]  # noqa: E501
+    operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    total = student.new_empty((), dtype=accumulation_dtype(*operands[:4]))
+    return total, *(_grad_like(x, need) for x, need in zip(operands, needs, strict=True))
+
+
+@torch.library.custom_op("kdkernels::projection_alignment_points", mutates_args=())
+def projection_alignment_points(
+    student: Tensor,
+    teacher: Tensor,
+    student_proj: Tensor | None,
+    teacher_proj: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    weights: Tensor | None,
+    metric: str,
+    method: str,
+    backend: str,
+) -> Tensor:
+    """(N,): weights_i · loss_i."""
+    operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    losses = student.new_empty(student.shape[0], dtype=accumulation_dtype(*operands[:4]))
+    _implementation(backend).losses(operands, weights, metric, method, losses)
+    return losses
+
+
+@projection_alignment_points.register_fake
+def _(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights, metric, method, backend):  # type: ignore[no-untyped-def]  # noqa: E501
+    return student.new_empty(student.shape[0], dtype=accumulation_dtype(student, teacher, student_proj, teacher_proj))
+
+
+def _implementation(backend: str) -> Any:
+    """`native` or `triton`: imported when first used, so that importing kdkernels imports neither."""
+    return import_module(f"kdkernels.ops.projection_alignment.{backend}")
+
+
+def _grad_like(x: Tensor | None, need: bool) -> Tensor:
+    """Room for a gradient, contiguous whatever the strides of `x`; empty where none is needed."""
+    if x is None or not need:
+        return torch.empty(0) if x is None else x.new_empty(0)
+    return x.new_empty(x.shape)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.needs = inputs[9]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: Tensor | None) -> tuple[Any, ...]:
+    if any(g is not None for g in grads_of_gradients):
+        raise RuntimeError(TWICE)
+    wanted = zip(ctx.saved_tensors, ctx.needs, strict=True)
+    scaled = [g * grad_total.to(g.dtype) if need and grad_total is not None else None for g, need in wanted]
+    return *scaled, None, None, None, None, None
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.metric, ctx.method, ctx.backend = inputs[7:]
+
+
+def _weigh_points(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
+    *operands, weights = ctx.saved_tensors
+    weights = grad_losses if weights is None else torch.where(weights != 0, grad_losses * weights, 0)
+    needs = list(ctx.needs_input_grad[:6])
+    _, *grads = projection_alignment(*operands, weights, ctx.metric, ctx.method, needs, ctx.backend)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
+
+
+projection_alignment.register_autograd(_scale_gradients, setup_context=_save_gradients)
+projection_alignment_points.register_autograd(_weigh_points, setup_context=_save_inputs)
