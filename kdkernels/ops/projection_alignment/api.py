@@ -97,7 +97,6 @@ class _Call:
     weights: Tensor | None  # (N,)
     divisor: Any  # what `total` is divided by
     leading: tuple[int, ...]
-    D: int
     needs: list[bool]
     backend: backends.Implementation
 
@@ -139,7 +138,6 @@ def _prepare(
         weights=weights,
         divisor=_divisor(weights, s.shape[0]) if reduction == "mean" else 1,
         leading=sizes["..."],
-        D=sizes["D"],
         needs=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands],
         backend=chosen,
     )
@@ -188,21 +186,13 @@ def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
     a = bound.arguments
     order = (*schema.NAMES, "weights", "metric", "reduction", "method", "backend")
     call = _prepare(*(a[name] for name in order))
-    s, t, student_proj, teacher_proj, *_ = call.operands
-    sizes = methods.Sizes(
-        N=s.shape[0],  # type: ignore[union-attr]
-        D=call.D,
-        d_s=None if student_proj is None else student_proj.shape[1],
-        d_t=None if teacher_proj is None else teacher_proj.shape[1],
-        itemsize=reference.accumulation_dtype(*call.operands[:4]).itemsize,
-        needs=tuple(call.needs),
-    )
+    sizes = methods.sizes(call.operands, call.needs)
     dtypes = {x.dtype for x in call.operands if x is not None}
     if call.backend.backend == "reference":
         method, costs = "direct", (methods.direct_cost(sizes),)
     else:
         method, costs = methods.choose(a["method"], sizes)
-    reasons = backends.passed_over(OP, call.backend, s.device.type, dtypes)  # type: ignore[union-attr]
+    reasons = backends.passed_over(OP, call.backend, a["student"].device.type, dtypes)
     return backends.Explanation(OP, call.backend.backend, method, reasons, costs)
 
 

@@ -8,13 +8,19 @@
 `projection_alignment_loss`; the Gram idea is Vincent et al. 2015 (arXiv 1606.08061).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 METHODS = ("auto", "direct", "gram")
 
 # FLOPs that cost as much as moving one byte: a ratio of rates, the only machine constant in the choice.
 # CPUs here run 140 GFLOP/s against 10-25 GB/s; an H100 has a similar ratio for tf32 and bf16.
 FLOPS_PER_BYTE = 10
+
+# Over how many calls the Gram matrices of frozen projections are reckoned to pay.
+FROZEN_CALLS = 16
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,29 @@ class Sizes:
     d_t: int | None
     itemsize: int
     needs: tuple[bool, ...]  # gradients of student, teacher, student_proj, teacher_proj, student_bias, teacher_bias
-    grams_cached: bool = False  # the projections are frozen and their Gram matrices are at hand
+    frozen: bool = False  # no projection can change: Gram matrices are computed once for many calls
+
+
+
+def frozen(operands: Sequence[Tensor | None]) -> bool:
+    """Whether no projection or bias requires grad, whether or not gradients are recorded now."""
+    return not any(x is not None and x.requires_grad for x in operands[2:])
+
+
+def sizes(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> Sizes:
+    """The sizes of a call, from operands in the order of `schema.NAMES`."""
+    student, _, student_proj, teacher_proj, *_ = operands
+    assert student is not None
+    projections = [w for w in (student_proj, teacher_proj) if w is not None]
+    return Sizes(
+        N=student.shape[0],
+        D=projections[0].shape[0] if projections else student.shape[1],
+        d_s=None if student_proj is None else student_proj.shape[1],
+        d_t=None if teacher_proj is None else teacher_proj.shape[1],
+        itemsize=max(4, *(x.dtype.itemsize for x in operands if x is not None)),
+        needs=tuple(needs),
+        frozen=frozen(operands),
+    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +92,9 @@ def gram_cost(s: Sizes) -> Cost:
     one_sided = s.d_s is None or s.d_t is None
     cross = 2 * s.D * K if one_sided else 2 * d_s * d_t  # FLOPs a point to bring one side to the other's width
     quadratic = d_s * d_s + d_t * d_t  # FLOPs a point for both quadratic forms, or for M_ss and M_tt
-    setup = 0 if s.grams_cached else s.D * (d_s * d_s + d_t * d_t) + (0 if one_sided else 2 * s.D * d_s * d_t)
+    setup = s.D * (d_s * d_s + d_t * d_t) + (0 if one_sided else 2 * s.D * d_s * d_t)
+    if s.frozen:
+        setup //= FROZEN_CALLS
     per_point = quadratic + cross
     per_point += (s.needs[0] and s.d_s is not None) * d_s * d_s + (s.needs[1] and s.d_t is not None) * d_t * d_t
     if (s.needs[0] and s.needs[1]) or (one_sided and s.needs[0 if s.d_s is None else 1]):

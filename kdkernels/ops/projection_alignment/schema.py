@@ -99,7 +99,7 @@ def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: T
     if any(g is not None for g in grads_of_gradients):
         raise RuntimeError(TWICE)
     wanted = zip(ctx.saved_tensors, ctx.needs, strict=True)
-    scaled = [g * grad_total.to(g.dtype) if need and grad_total is not None else None for g, need in wanted]
+    scaled = [g * grad_total if need and grad_total is not None else None for g, need in wanted]
     return *scaled, None, None, None, None, None
 
 

@@ -1,0 +1,8 @@
+// The Python module: registers, nothing more.
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of kdkernels. Private: use the operators of the kdkernels package.";
+  kd::bind_common(m);
+  kd::bind_projection_alignment(m);
+}

@@ -1,0 +1,73 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kdkernels/projection_alignment.h"
+
+namespace kd {
+
+#define KD_DECLARE_ISA(isa) \
+  namespace isa {           \
+  extern const ProjectionAlignmentKernels projection_alignment; \
+  }
+#ifdef KD_HAS_AVX512
+KD_DECLARE_ISA(avx512)
+#endif
+#ifdef KD_HAS_AVX2
+KD_DECLARE_ISA(avx2)
+#endif
+KD_DECLARE_ISA(baseline)
+
+namespace {
+
+const Isa table[] = {
+#ifdef KD_HAS_AVX512
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("fma");
+     },
+     &avx512::projection_alignment},
+#endif
+#ifdef KD_HAS_AVX2
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     &avx2::projection_alignment},
+#endif
+    {"baseline", [] { return true; }, &baseline::projection_alignment},
+};
+
+const Isa& find(const std::string& name) {
+  std::string choices;
+  for (const Isa* isa : supported_isas()) {
+    if (name == isa->name) return *isa;
+    choices += (choices.empty() ? "" : ", ") + std::string(isa->name);
+  }
+  throw std::invalid_argument("the instruction set is '" + name + "', but this build on this processor has: " +
+                              choices);
+}
+
+std::atomic<const Isa*> selected{nullptr};
+
+}  // namespace
+
+std::vector<const Isa*> supported_isas() {
+  std::vector<const Isa*> found;
+  for (const Isa& isa : table)
+    if (isa.supported()) found.push_back(&isa);
+  return found;
+}
+
+const Isa& current_isa() {
+  if (const Isa* isa = selected.load()) return *isa;
+  const char* forced = std::getenv("KDKERNELS_ISA");
+  const Isa& isa = forced && *forced ? find(forced) : *supported_isas().front();
+  selected = &isa;
+  return isa;
+}
+
+void select_isa(const std::string& name) { selected = &find(name); }
+
+}  // namespace kd

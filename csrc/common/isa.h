@@ -1,0 +1,25 @@
+// One source, compiled once per instruction set; this table says which copies exist and which one runs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace kd {
+
+struct ProjectionAlignmentKernels;
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const ProjectionAlignmentKernels* projection_alignment;
+};
+
+// Best first. Only those this processor can run.
+std::vector<const Isa*> supported_isas();
+
+// The one in use: the best, or what the environment variable KDKERNELS_ISA or select_isa() names.
+// Throws std::invalid_argument for a name that is unknown or that this processor cannot run.
+const Isa& current_isa();
+void select_isa(const std::string& name);
+
+}  // namespace kd

@@ -1,0 +1,202 @@
+// Matrix product C (M, N) [+]= A (M, K) · B (K, N), operands of any strides and dtype, accumulated in T.
+//
+// Blocks of A and B are packed into the order the register tile reads them (Goto and van de Geijn 2008). Every
+// element of C sums its k in one fixed order, whichever thread computes it: results are the same bits for every
+// thread count. A band says which part of B or C is structurally zero or not wanted, and that part costs nothing.
+#pragma once
+
+#include "simd.h"
+
+namespace kd::KD_ISA {
+
+// An operand's element (i, k) is scale[k] · data[i·row_stride + k·col_stride]; no scale means 1.
+template <class T>
+struct Operand {
+  const void* data;
+  DType dtype;
+  int64_t row_stride, col_stride;
+  const T* scale = nullptr;
+
+  Operand transposed() const { return {data, dtype, col_stride, row_stride, scale}; }
+};
+
+template <class T>
+constexpr DType kDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
+
+template <class T>
+Operand<T> operand(const T* data, int64_t row_stride, int64_t col_stride = 1) {
+  return {data, kDType<T>, row_stride, col_stride};
+}
+template <class T>
+Operand<T> operand(const View& view) {
+  return {view.data, view.dtype, view.row_stride, view.col_stride};
+}
+
+struct Band {
+  enum Kind { full, lower, upper, symmetric } kind = full;
+  int64_t offset = 0;
+  // lower: B[k, j] is zero for k < j − offset.   upper: B[k, j] is zero for k > j + offset.
+  // symmetric: only C[i, j] with i <= j is wanted; the caller mirrors it.
+};
+
+template <class T>
+struct Tile {
+  static constexpr int rows = kVectorBytes == 64 ? 14 : 6;  // with two columns of vectors this fills the registers
+  static constexpr int cols = 2 * kLanes<T>;
+  static constexpr int depth = 256;  // a strip of B of this depth stays in the first-level cache
+  static constexpr int64_t panel_rows = rows * (kVectorBytes == 64 ? 14 : 28);
+  static constexpr int64_t panel_cols = 128 * cols;
+};
+
+// The tile: C (rows, cols) [+]= a (depth, rows)ᵀ · b (depth, cols), both packed.
+template <class T>
+inline void multiply_tile(int64_t depth, const T* a, const T* b, T* c, int64_t ldc, bool accumulate) {
+  using V = Vector<T>;
+  constexpr int rows = Tile<T>::rows, lanes = kLanes<T>;
+  V sum[rows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) sum[i][0] = sum[i][1] = V{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const V b0 = *reinterpret_cast<const V*>(b), b1 = *reinterpret_cast<const V*>(b + lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const V ai = a[i] - V{};  // broadcast
+      sum[i][0] += ai * b0;
+      sum[i][1] += ai * b1;
+    }
+    a += rows;
+    b += 2 * lanes;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+    auto* p = reinterpret_cast<UnalignedVector<T>*>(c + i * ldc);
+    if (accumulate) {
+      sum[i][0] += p[0];
+      sum[i][1] += p[1];
+    }
+    p[0] = sum[i][0];
+    p[1] = sum[i][1];
+  }
+}
+
+// Pack `width` lines of an operand, `depth` long, so that line i's element k lands at out[k·width + i]; lines from
+// `valid` on are zero.
+template <int width, class T, class S>
+inline void pack_lines(const S* data, int64_t line_stride, int64_t k_stride, int64_t valid, int64_t depth,
+                       const T* scale, T* out) {
+  if (valid < width)
+    for (int64_t i = 0; i < depth * width; ++i) out[i] = T{};
+  if (line_stride == 1 && valid == width) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const S* line = data + k * k_stride;
+      for (int i = 0; i < width; ++i) out[k * width + i] = load<T>(line + i);
+    }
+  } else if (k_stride == 1) {  // transpose in small squares, so that reads and writes both stay in cache lines
+    constexpr int64_t square = 16;
+    for (int64_t k0 = 0; k0 < depth; k0 += square) {
+      const int64_t k1 = min(depth, k0 + square);
+      for (int64_t i = 0; i < valid; ++i)
+        for (int64_t k = k0; k < k1; ++k) out[k * width + i] = load<T>(data + i * line_stride + k);
+    }
+  } else {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t i = 0; i < valid; ++i) out[k * width + i] = load<T>(data + i * line_stride + k * k_stride);
+  }
+  if (scale)
+    for (int64_t k = 0; k < depth; ++k)
+      for (int i = 0; i < width; ++i) out[k * width + i] *= scale[k];
+}
+
+// Lines [line, line + width) and k in [k, k + depth) of an operand whose lines are its rows.
+template <int width, class T>
+inline void pack(const Operand<T>& x, int64_t line, int64_t lines, int64_t k, int64_t depth, T* out) {
+  const int64_t offset = line * x.row_stride + k * x.col_stride;
+  const T* scale = x.scale ? x.scale + k : nullptr;
+  with_type(x.dtype, [&]<class S>(S*) {
+    pack_lines<width>(static_cast<const S*>(x.data) + offset, x.row_stride, x.col_stride,
+                      min<int64_t>(width, lines - line), depth, scale, out);
+  });
+}
+
+template <class T>
+void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T> B, T* C, int64_t ldc,
+          bool accumulate = false, Band band = {}) {
+  constexpr int64_t rows = Tile<T>::rows, cols = Tile<T>::cols, depth = Tile<T>::depth;
+  if (M == 0 || N == 0) return;
+  if (K == 0) {
+    if (!accumulate)
+      for (int64_t i = 0; i < M; ++i)
+        for (int64_t j = 0; j < N; ++j) C[i * ldc + j] = T{};
+    return;
+  }
+  // Panels of A are made a little smaller where that gives every thread the same number of them.
+  const int64_t rounds = ceil_div(M, threads * Tile<T>::panel_rows);
+  const int64_t panel_rows = round_up(ceil_div(M, threads * rounds), rows);
+  const int64_t panel_cols = min(Tile<T>::panel_cols, round_up(N, cols));
+  const int64_t row_panels = ceil_div(M, panel_rows);
+  const int64_t col_parts = max<int64_t>(1, min(threads / row_panels, ceil_div(panel_cols, 4 * cols)));
+  Buffer<T> packed_b(panel_cols * depth), packed_a(threads * panel_rows * depth);
+  const Operand<T> Bt = B.transposed();
+
+  for (int64_t j0 = 0; j0 < N; j0 += panel_cols) {
+    const int64_t n = min(panel_cols, N - j0), strips = ceil_div(n, cols);
+    for (int64_t k0 = 0; k0 < K; k0 += depth) {
+      const int64_t kc = min(depth, K - k0);
+      auto first = [&](int64_t j) {  // of the k with B[k, j..j+cols) not zero, counted from k0
+        return band.kind == Band::lower ? min(max<int64_t>(j - band.offset - k0, 0), kc) : 0;
+      };
+      auto last = [&](int64_t j) {
+        return band.kind == Band::upper ? min(max<int64_t>(j + cols + band.offset - k0, 0), kc) : kc;
+      };
+      auto starts = [&](int64_t j) {  // whether this is the first block of k that reaches strip j
+        return band.kind == Band::lower ? k0 <= max<int64_t>(j - band.offset, 0) : k0 == 0;
+      };
+      parallel_chunks(threads, strips, 8, [&](int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; ++s) {
+          const int64_t j = j0 + s * cols;
+          if (first(j) < last(j)) pack<cols>(Bt, j, N, k0, kc, packed_b.get() + s * cols * kc);
+        }
+      });
+      parallel_for(threads, row_panels * col_parts, [&](int64_t task, int worker) {
+        const int64_t i0 = task / col_parts * panel_rows, i1 = min(M, i0 + panel_rows);
+        const int64_t part = ceil_div(strips, col_parts), s0 = task % col_parts * part, s1 = min(strips, s0 + part);
+        if (band.kind == Band::symmetric && i0 >= j0 + min(s1 * cols, n)) return;
+        T* a = packed_a.get() + worker * panel_rows * depth;
+        for (int64_t i = i0; i < i1; i += rows) pack<rows>(A, i, i1, k0, kc, a + (i - i0) * kc);
+        for (int64_t s = s0; s < s1; ++s) {
+          const int64_t j = j0 + s * cols, kb = first(j), ke = last(j);
+          if (kb >= ke) continue;
+          const bool add = accumulate || !starts(j);
+          const T* b = packed_b.get() + s * cols * kc + kb * cols;
+          for (int64_t i = i0; i < i1; i += rows) {
+            if (band.kind == Band::symmetric && i >= j + cols) break;
+            const T* ai = a + (i - i0) * kc + kb * rows;
+            T* c = C + i * ldc + j;
+            if (i + rows <= i1 && j + cols <= N) {
+              multiply_tile(ke - kb, ai, b, c, ldc, add);
+            } else {  // an edge: through a full tile of its own
+              alignas(64) T edge[rows * cols];
+              multiply_tile(ke - kb, ai, b, edge, cols, false);
+              for (int64_t r = 0; r < min(rows, i1 - i); ++r)
+                for (int64_t q = 0; q < min(cols, N - j); ++q)
+                  c[r * ldc + q] = add ? c[r * ldc + q] + edge[r * cols + q] : edge[r * cols + q];
+            }
+          }
+        }
+      });
+    }
+  }
+}
+
+// Fill the lower triangle of C (N, N) from the upper.
+template <class T>
+void mirror(int threads, int64_t N, T* C) {
+  constexpr int64_t square = 32;
+  parallel_chunks(threads, N, square, [&](int64_t begin, int64_t end) {
+    for (int64_t j0 = 0; j0 < end; j0 += square)
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = j0; j < min(i, j0 + square); ++j) C[i * N + j] = C[j * N + i];
+  });
+}
+
+}  // namespace kd::KD_ISA

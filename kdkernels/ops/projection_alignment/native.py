@@ -1,0 +1,180 @@
+"""Projection alignment in C++ on the CPU: turns tensors into views, and keeps the Gram matrices of frozen projections.
+
+The kernels are in csrc/cpu/projection_alignment.cpp, their formulas in csrc/include/kdkernels/projection_alignment.h.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kdkernels import _native
+from kdkernels.ops.projection_alignment import method as methods
+from kdkernels.ops.projection_alignment.frozen import Derived
+
+Operands = Sequence[Tensor | None]
+
+# The isometric coordinates come from a Cholesky factor. Where its smallest squared pivot, relative to the diagonal,
+# is below this, rounding in G would show in the loss, and mse is computed directly.
+WELL_CONDITIONED = {torch.float32: 1e-2, torch.float64: 1e-7}
+
+derived = Derived()
+
+
+def loss_and_gradients(
+    operands: Operands, weights: Tensor | None, metric: str, method: str, total: Tensor, grads: Sequence[Tensor]
+) -> None:
+    """Fill `total` and each gradient that has room (see `schema.projection_alignment`)."""
+    wanted = [
+        g if g.numel() or (x is not None and x.numel() == 0) else None for g, x in zip(grads, operands, strict=True)
+    ]
+    _run(operands, wanted, weights, metric, method, total=total, losses=None)
+
+
+def losses(operands: Operands, weights: Tensor | None, metric: str, method: str, losses: Tensor) -> None:
+    """Fill `losses` (N,) with weights · loss."""
+    _run(operands, [None] * 6, weights, metric, method, total=None, losses=losses)
+
+
+def _run(
+    operands: Operands,
+    grads: Sequence[Tensor | None],
+    weights: Tensor | None,
+    metric: str,
+    method: str,
+    total: Tensor | None,
+    losses: Tensor | None,
+) -> None:
+    accumulate = (losses if total is None else total).dtype  # type: ignore[union-attr]
+    sizes = methods.sizes(operands, [g is not None for g in grads])
+    chosen = methods.choose(method, sizes)[0]
+    arguments = (weights, losses, total, metric, accumulate)
+    if chosen == "gram" and _run_gram(operands, grads, *arguments):
+        return
+    _native.module().projection_alignment_direct(
+        [_view(x) for x in operands], [_view(g) for g in grads], *_common(*arguments), torch.get_num_threads()
+    )
+
+
+def _run_gram(
+    operands: Operands,
+    grads: Sequence[Tensor | None],
+    weights: Tensor | None,
+    losses: Tensor | None,
+    total: Tensor | None,
+    metric: str,
+    accumulate: torch.dtype,
+) -> bool:
+    """False when mse finds the projections too ill-conditioned for its coordinates, or has only one of them."""
+    if metric == "mse" and (operands[2] is None or operands[3] is None):
+        return False
+    augmented, augmented_grads = _biases_as_columns(operands, grads)
+    matrix, pivot = _gram_matrix(operands, augmented, metric, accumulate)
+    if metric == "mse" and pivot < WELL_CONDITIONED[accumulate]:
+        return False
+    norms, norms_known = _teacher_norms(operands, grads, weights, metric, accumulate)
+    _native.module().projection_alignment_gram(
+        [_view(x) for x in augmented],
+        [_view(g) for g in augmented_grads],
+        *_common(weights, losses, total, metric, accumulate),
+        _view(matrix),
+        _view(norms),
+        norms_known,
+        torch.get_num_threads(),
+    )
+    _split_columns(operands, grads, augmented_grads)
+    return True
+
+
+def _gram_matrix(
+    operands: Operands, augmented: Operands, metric: str, accumulate: torch.dtype
+) -> tuple[Tensor, float]:
+    """G = WᵀW (for mse its Cholesky factor) and the smallest pivot; from memory where the projections are frozen."""
+    native = _native.module()
+    kind = (metric == "mse", accumulate, native.isa())
+    frozen = methods.frozen(operands)
+    found = derived.find(operands[2:], kind) if frozen else None
+    if found is not None:
+        return found
+    width = sum(w.shape[1] for w in augmented[2:4] if w is not None)
+    matrix = torch.empty(width, width, dtype=accumulate)
+    threads = torch.get_num_threads()
+    views = [_view(x) for x in augmented]
+    native.projection_alignment_gram_matrix(views, _view(matrix), _name(accumulate), threads)
+    pivot = native.projection_alignment_factor(_view(matrix), threads) if metric == "mse" else 1.0
+    if frozen:
+        derived.keep(operands[2:], kind, matrix, pivot)
+    return matrix, pivot
+
+
+def _teacher_norms(
+    operands: Operands, grads: Sequence[Tensor | None], weights: Tensor | None, metric: str, accumulate: torch.dtype
+) -> tuple[Tensor | None, bool]:
+    """⟨z_t, z_t⟩ of a teacher batch that has been seen before, or room to write it down; None where neither applies."""
+    teacher = operands[1]
+    assert teacher is not None
+    if metric == "mse" or weights is not None or grads[1] is not None or not methods.frozen(operands):
+        return None, False
+    if teacher._base is not None:  # api flattens (batch, time, d): remember the tensor the caller holds
+        teacher = teacher._base
+    key = (teacher, operands[3], operands[5])
+    kind = ("norms", operands[1].shape, operands[1].stride(), operands[1].storage_offset(), accumulate)  # type: ignore[union-attr]
+    found = derived.find(key, kind)
+    if found is not None:
+        return found[0], True
+    norms = torch.empty(operands[1].shape[0], dtype=torch.float64)  # type: ignore[union-attr]
+    derived.keep(key, kind, norms)
+    return norms, False
+
+
+def _biases_as_columns(
+    operands: Operands, grads: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """A bias is one more input column fixed at 1; the gradients get room for it."""
+    if operands[4] is None and operands[5] is None:
+        return list(operands), list(grads)
+    augmented, room = list(operands), list(grads)
+    for side in (0, 1):
+        x, weight, bias = operands[side], operands[2 + side], operands[4 + side]
+        if x is None or weight is None or bias is None:
+            continue
+        augmented[side] = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+        augmented[2 + side] = torch.cat([weight, bias[:, None].to(weight.dtype)], dim=1)
+        augmented[4 + side] = room[4 + side] = None
+        if grads[side] is not None:
+            room[side] = x.new_empty(x.shape[0], x.shape[1] + 1)
+        if grads[2 + side] is not None or grads[4 + side] is not None:
+            room[2 + side] = weight.new_empty(weight.shape[0], weight.shape[1] + 1)
+    return augmented, room
+
+
+def _split_columns(operands: Operands, grads: Sequence[Tensor | None], room: Sequence[Tensor | None]) -> None:
+    for side in (0, 1):
+        if operands[4 + side] is None:
+            continue
+        points, weight, bias = grads[side], grads[2 + side], grads[4 + side]
+        if points is not None:
+            points.copy_(room[side][:, :-1])  # type: ignore[index]
+        if weight is not None:
+            weight.copy_(room[2 + side][:, :-1])  # type: ignore[index]
+        if bias is not None:
+            bias.copy_(room[2 + side][:, -1])  # type: ignore[index]
+
+
+def _common(
+    weights: Tensor | None, losses: Tensor | None, total: Tensor | None, metric: str, accumulate: torch.dtype
+) -> tuple[object, ...]:
+    return _view(weights), _view(losses), _view(total), metric, _name(accumulate)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _view(x: Tensor | None) -> object:
+    """A matrix as the compiled module sees it: vectors are one column, scalars one element."""
+    if x is None:
+        return None
+    rows, cols = (*x.shape, 1, 1)[:2]
+    row_stride, col_stride = (*x.stride(), 1, 1)[:2]
+    return _native.module().View(x.data_ptr(), _name(x.dtype), rows, cols, row_stride, col_stride)
