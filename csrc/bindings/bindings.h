@@ -18,7 +18,9 @@ void bind_projection_alignment(py::module_& m);
 
 using MaybeView = std::optional<View>;
 
-inline View or_absent(const MaybeView& view) { return view.value_or(View{}); }
+inline View or_absent(const MaybeView& view) {
+  return view.value_or(View{});
+}
 
 // Throw ValueError, naming the argument, unless an absent-or-present view has this many rows and columns.
 void check_shape(const char* name, const View& view, int64_t rows, int64_t cols);

@@ -54,8 +54,7 @@ Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeV
 }
 
 Grams make_grams(const Alignment& p, const View& matrix, const MaybeView& teacher_norms, bool norms_known) {
-  const int64_t K =
-      (p.sides[0].proj ? p.sides[0].proj.cols : 0) + (p.sides[1].proj ? p.sides[1].proj.cols : 0);
+  const int64_t K = (p.sides[0].proj ? p.sides[0].proj.cols : 0) + (p.sides[1].proj ? p.sides[1].proj.cols : 0);
   check_shape("matrix", matrix, K, K);
   check_dtype("matrix", matrix, p.accumulate);
   for (const AlignmentSide& side : p.sides)
@@ -118,8 +117,8 @@ void bind_projection_alignment(py::module_& m) {
         (p.metric == Metric::mse ? kernels.isometric : kernels.gram)(p, grams, threads);
       },
       py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("losses"), py::arg("total"),
-      py::arg("metric"), py::arg("accumulate"), py::arg("matrix"), py::arg("teacher_norms"),
-      py::arg("norms_known"), py::arg("threads"));
+      py::arg("metric"), py::arg("accumulate"), py::arg("matrix"), py::arg("teacher_norms"), py::arg("norms_known"),
+      py::arg("threads"));
 }
 
 }  // namespace kd

@@ -8,8 +8,8 @@
 
 namespace kd {
 
-#define KD_DECLARE_ISA(isa) \
-  namespace isa {           \
+#define KD_DECLARE_ISA(isa)                                     \
+  namespace isa {                                               \
   extern const ProjectionAlignmentKernels projection_alignment; \
   }
 #ifdef KD_HAS_AVX512
@@ -27,8 +27,7 @@ const Isa table[] = {
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("fma");
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
      },
      &avx512::projection_alignment},
 #endif
@@ -45,8 +44,8 @@ const Isa& find(const std::string& name) {
     if (name == isa->name) return *isa;
     choices += (choices.empty() ? "" : ", ") + std::string(isa->name);
   }
-  throw std::invalid_argument("the instruction set is '" + name + "', but this build on this processor has: " +
-                              choices);
+  throw std::invalid_argument("the instruction set is '" + name +
+                              "', but this build on this processor has: " + choices);
 }
 
 std::atomic<const Isa*> selected{nullptr};
@@ -68,6 +67,8 @@ const Isa& current_isa() {
   return isa;
 }
 
-void select_isa(const std::string& name) { selected = &find(name); }
+void select_isa(const std::string& name) {
+  selected = &find(name);
+}
 
 }  // namespace kd

@@ -21,6 +21,8 @@ void* allocate(size_t bytes) {
   return memory;
 }
 
-void release(void* memory) noexcept { std::free(memory); }
+void release(void* memory) noexcept {
+  std::free(memory);
+}
 
 }  // namespace kd

@@ -95,7 +95,8 @@ template <class T>
 class RowReader {
  public:
   RowReader(const View& view, const Points<T>& points, int64_t block)
-      : view_(view), points_(points),
+      : view_(view),
+        points_(points),
         in_place_(view.dtype == kStored && view.col_stride == 1 && points.all(view.rows)) {
     if (!in_place_) buffer_ = Buffer<T>(block * view.cols);
   }

@@ -43,7 +43,7 @@ template <class T>
 struct Tile {
   static constexpr int rows = kVectorBytes == 64 ? 14 : 6;  // with two columns of vectors this fills the registers
   static constexpr int cols = 2 * kLanes<T>;
-  static constexpr int depth = 256;  // a strip of B of this depth stays in the first-level cache
+  static constexpr int depth = kVectorBytes == 64 ? 256 : 384;  // a strip of B stays in the first-level cache
   static constexpr int64_t panel_rows = rows * (kVectorBytes == 64 ? 14 : 28);
   static constexpr int64_t panel_cols = 128 * cols;
 };
@@ -55,7 +55,11 @@ inline void multiply_tile(int64_t depth, const T* a, const T* b, T* c, int64_t l
   constexpr int rows = Tile<T>::rows, lanes = kLanes<T>;
   V sum[rows][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) sum[i][0] = sum[i][1] = V{};
+  for (int i = 0; i < rows; ++i) {
+    sum[i][0] = sum[i][1] = V{};
+    __builtin_prefetch(c + i * ldc, 1);  // C arrives while the products run
+    __builtin_prefetch(c + i * ldc + 2 * lanes - 1, 1);
+  }
   for (int64_t k = 0; k < depth; ++k) {
     const V b0 = *reinterpret_cast<const V*>(b), b1 = *reinterpret_cast<const V*>(b + lanes);
 #pragma GCC unroll 16

@@ -9,8 +9,7 @@ namespace {
 
 struct Wants {
   bool points, proj, bias;
-  explicit Wants(const AlignmentSide& side)
-      : points(side.grad_points), proj(side.grad_proj), bias(side.grad_bias) {}
+  explicit Wants(const AlignmentSide& side) : points(side.grad_points), proj(side.grad_proj), bias(side.grad_bias) {}
   bool any() const { return points || proj || bias; }
 };
 
@@ -18,9 +17,13 @@ struct Wants {
 template <class T>
 struct Walk {
   Walk(const Alignment& alignment, int64_t rows, int thread_count)
-      : p(alignment), threads(thread_count), points(p.weights, p.N), block(min(rows, max<int64_t>(points.count, 1))),
+      : p(alignment),
+        threads(thread_count),
+        points(p.weights, p.N),
+        block(min(rows, max<int64_t>(points.count, 1))),
         x{{p.sides[0].points, points, block}, {p.sides[1].points, points, block}},
-        wants{Wants(p.sides[0]), Wants(p.sides[1])}, gradients(block) {}
+        wants{Wants(p.sides[0]), Wants(p.sides[1])},
+        gradients(block) {}
 
   // f(begin, count) for each block, with the block's points at hand.
   template <class F>
@@ -140,8 +143,7 @@ void direct(const Alignment& p, int threads) {
           T* own = sides[x].z.get() ? sides[x].z.get() + i * D : nullptr;
           if (const View& bias = p.sides[x].bias)
             with_type(bias.dtype, [&]<class S>(S*) {
-              for (int64_t j = 0; j < D; ++j)
-                own[j] += load<T>(static_cast<const S*>(bias.data) + j * bias.row_stride);
+              for (int64_t j = 0; j < D; ++j) own[j] += load<T>(static_cast<const S*>(bias.data) + j * bias.row_stride);
             });
           z[x] = own ? own : walk.row(x, i);
           dz[x] = !walk.wants[x].any() ? nullptr : own ? own : scratch.get() + (2 * worker + x) * D;
@@ -212,7 +214,9 @@ template <class T>
 class Moments {
  public:
   Moments(Walk<T>& walk, const Blocks& blocks)
-      : walk_(walk), b_(blocks), p_(walk.p),
+      : walk_(walk),
+        b_(blocks),
+        p_(walk.p),
         dw_{Accumulator<T>(p_.sides[0].grad_proj), Accumulator<T>(p_.sides[1].grad_proj)} {
     for (auto& scale : scale_) scale = Buffer<T>(walk.block);
     for (int x = 0; x < 2; ++x)
@@ -320,9 +324,9 @@ void gram(const Alignment& p, const Grams& grams, int threads) {
         gemm(threads, count, d, d, X, operand(sides[x].half.get(), d), sides[x].u.get(), d, false, {Band::lower});
       if (!crosses(x)) continue;
       const int64_t width = p.sides[x].points.cols;
-      const Operand<T> C = !d              ? operand<T>(p.sides[y].proj).transposed()
-                           : !b.width[y]   ? operand<T>(p.sides[x].proj)
-                                           : operand(G + b.offset[y] * b.K + b.offset[x], b.K);
+      const Operand<T> C = !d            ? operand<T>(p.sides[y].proj).transposed()
+                           : !b.width[y] ? operand<T>(p.sides[x].proj)
+                                         : operand(G + b.offset[y] * b.K + b.offset[x], b.K);
       gemm(threads, count, width, p.sides[y].points.cols, walk.block_of(y), C, sides[x].v.get(), width);
     }
     parallel_chunks(threads, count, kRowGrain, [&](int64_t i0, int64_t i1) {
@@ -413,9 +417,7 @@ auto in_type(DType dtype, F&& f, Args&&... args) {
 
 extern const ProjectionAlignmentKernels projection_alignment;
 const ProjectionAlignmentKernels projection_alignment = {
-    [](const Alignment& p, int threads) {
-      in_type(p.accumulate, [&]<class T>(T) { direct<T>(p, threads); });
-    },
+    [](const Alignment& p, int threads) { in_type(p.accumulate, [&]<class T>(T) { direct<T>(p, threads); }); },
     [](const Alignment& p, const Grams& g, int threads) {
       in_type(p.accumulate, [&]<class T>(T) { gram_matrix<T>(p, g, threads); });
     },

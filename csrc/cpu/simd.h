@@ -38,8 +38,12 @@ template <class T>
 constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 // Conversions between what a tensor stores and what is computed with.
 template <class T>
@@ -79,9 +83,12 @@ inline void store(bfloat16* p, T value) {  // round to nearest even; NaN stays N
 template <class F>
 inline void with_type(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::float32: return f(static_cast<float*>(nullptr));
-    case DType::float64: return f(static_cast<double*>(nullptr));
-    case DType::bfloat16: return f(static_cast<bfloat16*>(nullptr));
+    case DType::float32:
+      return f(static_cast<float*>(nullptr));
+    case DType::float64:
+      return f(static_cast<double*>(nullptr));
+    case DType::bfloat16:
+      return f(static_cast<bfloat16*>(nullptr));
   }
 }
 
