@@ -9,6 +9,8 @@ import warnings
 from functools import cache
 from types import ModuleType
 
+import torch
+
 HOW_TO_MEND = "reinstall with `pip install .` (a C++20 compiler is all it needs); `python -m kdkernels doctor` says more"
 
 
@@ -29,12 +31,14 @@ def module() -> ModuleType:
     return native
 
 
+@torch.compiler.assume_constant_result  # what is installed does not change while a graph lives
 def why_not() -> str | None:
     """None when the compiled module is there, else the reason in one line."""
     error = load()[1]
     return None if error is None else f"the compiled module cannot be loaded ({error})"
 
 
+@torch.compiler.assume_constant_result
 @cache
 def warn_missing() -> None:
     """Say once that operators run on the reference because the compiled module is missing."""

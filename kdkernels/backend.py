@@ -25,6 +25,7 @@ def always() -> None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def triton_why_not() -> str | None:
     """None when Triton is installed (it is not imported to find out), else the reason."""
     return None if find_spec("triton") is not None else "Triton is not installed"

@@ -53,15 +53,19 @@ Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeV
   return p;
 }
 
-Grams make_grams(const Alignment& p, const View& matrix, const MaybeView& teacher_norms, bool norms_known) {
-  const int64_t K = (p.sides[0].proj ? p.sides[0].proj.cols : 0) + (p.sides[1].proj ? p.sides[1].proj.cols : 0);
-  check_shape("matrix", matrix, K, K);
-  check_dtype("matrix", matrix, p.accumulate);
-  for (const AlignmentSide& side : p.sides)
-    if (side.bias) throw py::value_error("a bias must be one more input column here");
-  Grams grams{matrix, or_absent(teacher_norms), norms_known};
-  check_shape("teacher_norms", grams.teacher_norms, p.N, 1);
-  check_dtype("teacher_norms", grams.teacher_norms, DType::float64);
+Grams make_grams(const Alignment& p, const View& factor, const MaybeView& teacher_tails, bool tails_known) {
+  for (const AlignmentSide& side : p.sides) {
+    if (!side.proj) throw py::value_error("gram needs both projections");
+    if (side.bias) throw py::value_error("gram takes a bias as one more input column");
+  }
+  const int64_t K = p.sides[0].proj.cols + p.sides[1].proj.cols;
+  check_shape("factor", factor, K, K);
+  check_dtype("factor", factor, p.accumulate);
+  Grams grams{factor, or_absent(teacher_tails), tails_known};
+  check_shape("teacher_tails", grams.teacher_tails, p.N, 1);
+  check_dtype("teacher_tails", grams.teacher_tails, DType::float64);
+  if (tails_known && (!grams.teacher_tails || p.sides[1].grad_points))
+    throw py::value_error("tails_known needs teacher_tails and a teacher without gradient");
   return grams;
 }
 
@@ -82,42 +86,31 @@ void bind_projection_alignment(py::module_& m) {
       py::arg("metric"), py::arg("accumulate"), py::arg("threads"));
 
   m.def(
-      "projection_alignment_gram_matrix",
-      [](const Six& operands, const View& matrix, const std::string& accumulate, int threads) {
+      "projection_alignment_factor",
+      [](const Six& operands, const View& factor, const std::string& accumulate, int threads) {
         check_threads(threads);
         const Alignment p = make_alignment(operands, {}, {}, {}, {}, "cosine", accumulate);
-        const Grams grams = make_grams(p, matrix, {}, false);
+        const Grams grams = make_grams(p, factor, {}, false);
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
-        kernels.gram_matrix(p, grams, threads);
+        return kernels.factor(p, grams, threads);
       },
-      py::arg("operands"), py::arg("matrix"), py::arg("accumulate"), py::arg("threads"));
-
-  m.def(
-      "projection_alignment_factor",
-      [](const View& matrix, int threads) {
-        check_threads(threads);
-        check_shape("matrix", matrix, matrix.rows, matrix.rows);
-        const auto& kernels = *current_isa().projection_alignment;
-        py::gil_scoped_release release;
-        return kernels.factor({matrix, {}, false}, threads);
-      },
-      py::arg("matrix"), py::arg("threads"));
+      py::arg("operands"), py::arg("factor"), py::arg("accumulate"), py::arg("threads"));
 
   m.def(
       "projection_alignment_gram",
       [](const Six& operands, const Six& gradients, const MaybeView& weights, const MaybeView& losses,
-         const MaybeView& total, const std::string& metric, const std::string& accumulate, const View& matrix,
-         const MaybeView& teacher_norms, bool norms_known, int threads) {
+         const MaybeView& total, const std::string& metric, const std::string& accumulate, const View& factor,
+         const MaybeView& teacher_tails, bool tails_known, int threads) {
         check_threads(threads);
         const Alignment p = make_alignment(operands, gradients, weights, losses, total, metric, accumulate);
-        const Grams grams = make_grams(p, matrix, teacher_norms, norms_known);
+        const Grams grams = make_grams(p, factor, teacher_tails, tails_known);
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
-        (p.metric == Metric::mse ? kernels.isometric : kernels.gram)(p, grams, threads);
+        kernels.gram(p, grams, threads);
       },
       py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("losses"), py::arg("total"),
-      py::arg("metric"), py::arg("accumulate"), py::arg("matrix"), py::arg("teacher_norms"), py::arg("norms_known"),
+      py::arg("metric"), py::arg("accumulate"), py::arg("factor"), py::arg("teacher_tails"), py::arg("tails_known"),
       py::arg("threads"));
 }
 

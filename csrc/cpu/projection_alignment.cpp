@@ -104,10 +104,11 @@ void point_gradient(int64_t D, const PointGradient& g, Metric metric, const T* z
   }
 }
 
+// The loss of a point from its first `n` coordinates and ‖z_t‖² in the others, where z_s is 0.
 template <class T>
-PointGradient direct_point(Metric metric, int64_t D, const T* z_s, const T* z_t) {
-  if (metric == Metric::mse) return {squared_distance(z_s, z_t, D) / D, 2.0 / D, -2.0 / D, 2.0 / D};
-  return cosine_point(dot(z_s, z_s, D), dot(z_s, z_t, D), dot(z_t, z_t, D), metric == Metric::angular);
+PointGradient compare(Metric metric, int64_t D, int64_t n, const T* z_s, const T* z_t, double tail) {
+  if (metric == Metric::mse) return {(squared_distance(z_s, z_t, n) + tail) / D, 2.0 / D, -2.0 / D, 2.0 / D};
+  return cosine_point(dot(z_s, z_s, n), dot(z_s, z_t, n), dot(z_t, z_t, n) + tail, metric == Metric::angular);
 }
 
 template <class T>
@@ -148,7 +149,7 @@ void direct(const Alignment& p, int threads) {
           z[x] = own ? own : walk.row(x, i);
           dz[x] = !walk.wants[x].any() ? nullptr : own ? own : scratch.get() + (2 * worker + x) * D;
         }
-        walk.keep(begin, i, direct_point(p.metric, D, z[0], z[1]));
+        walk.keep(begin, i, compare(p.metric, D, D, z[0], z[1], 0));
         if (!dz[0] && !dz[1]) continue;
         point_gradient(D, walk.gradients[i], p.metric, z[0], z[1], dz[0], dz[1]);
         for (int x = 0; x < 2; ++x)
@@ -183,47 +184,35 @@ void direct(const Alignment& p, int threads) {
 
 // ---- gram ---------------------------------------------------------------------------------------------------------
 
-// G's blocks: side x occupies columns [offset[x], offset[x] + width[x]) of K; an unprojected side has width 0.
+// G = [W_s W_t]ᵀ[W_s W_t]: the student's columns come first.
 struct Blocks {
-  explicit Blocks(const Alignment& p) {
-    for (int x = 0; x < 2; ++x) width[x] = p.sides[x].proj ? p.sides[x].proj.cols : 0;
-    offset[1] = width[0];
-    K = width[0] + width[1];
-  }
-  int64_t width[2], offset[2] = {0, 0}, K;
+  explicit Blocks(const Alignment& p) : width{p.sides[0].proj.cols, p.sides[1].proj.cols}, K(width[0] + width[1]) {}
+  int64_t width[2], K;
 };
 
 template <class T>
-void gram_matrix(const Alignment& p, const Grams& grams, int threads) {
+double factor(const Alignment& p, const Grams& grams, int threads) {
   const Blocks b(p);
-  T* G = static_cast<T*>(grams.matrix.data);
-  for (int x = 0; x < 2; ++x) {
-    if (!p.sides[x].proj) continue;
-    const Operand<T> W = operand<T>(p.sides[x].proj);
-    gemm(threads, b.width[x], b.width[x], p.D, W.transposed(), W, G + b.offset[x] * (b.K + 1), b.K, false,
-         {Band::symmetric});
-    if (x == 1 && b.width[0])
-      gemm(threads, b.width[0], b.width[1], p.D, operand<T>(p.sides[0].proj).transposed(), W, G + b.width[0], b.K);
-  }
-  mirror(threads, b.K, G);
+  const int64_t d_s = b.width[0], d_t = b.width[1], K = b.K;
+  const Operand<T> W_s = operand<T>(p.sides[0].proj), W_t = operand<T>(p.sides[1].proj);
+  T* G = static_cast<T*>(grams.factor.data);
+  gemm(threads, d_s, d_s, p.D, W_s.transposed(), W_s, G, K, false, {Band::symmetric});
+  gemm(threads, d_s, d_t, p.D, W_s.transposed(), W_t, G + d_s, K);
+  gemm(threads, d_t, d_t, p.D, W_t.transposed(), W_t, G + d_s * (K + 1), K, false, {Band::symmetric});
+  return cholesky(threads, K, G);
 }
 
-// Moments of the points, M_xx = Σ own_x x xᵀ and M_st = Σ mixed s tᵀ, and the weight gradients they give:
-// ∂W_s = W_s M_ss + W_t M_stᵀ, ∂W_t = W_s M_st + W_t M_tt. An unprojected side stands for W = 1.
+// Moments of the points, M_ss = Σ own_s s sᵀ, M_tt = Σ own_t t tᵀ and M_st = Σ mixed s tᵀ, and the weight gradients
+// they give: ∂W_s = W_s M_ss + W_t M_stᵀ, ∂W_t = W_s M_st + W_t M_tt.
 template <class T>
 class Moments {
  public:
-  Moments(Walk<T>& walk, const Blocks& blocks)
-      : walk_(walk),
-        b_(blocks),
-        p_(walk.p),
-        dw_{Accumulator<T>(p_.sides[0].grad_proj), Accumulator<T>(p_.sides[1].grad_proj)} {
+  Moments(Walk<T>& walk, const Blocks& blocks) : walk_(walk), b_(blocks), p_(walk.p) {
     for (auto& scale : scale_) scale = Buffer<T>(walk.block);
     for (int x = 0; x < 2; ++x)
       if (p_.sides[x].grad_proj) own_[x] = Buffer<T>(b_.width[x] * b_.width[x]);
-    if (b_.width[0] && b_.width[1] && any()) mixed_ = Buffer<T>(b_.width[0] * b_.width[1]);
+    if (any()) mixed_ = Buffer<T>(b_.width[0] * b_.width[1]);
   }
-  bool any() const { return p_.sides[0].grad_proj || p_.sides[1].grad_proj; }
 
   void add(int64_t count) {
     if (!any()) return;
@@ -233,39 +222,34 @@ class Moments {
       scale_[1][i] = static_cast<T>(g.own_t);
       scale_[2][i] = static_cast<T>(g.mixed);
     }
-    for (int x = 0; x < 2; ++x) {
-      const int64_t d = b_.width[x];
-      if (p_.sides[x].grad_proj)
-        gemm(walk_.threads, d, d, count, scaled(x, scale_[x]), walk_.block_of(x), own_[x].get(), d, started_,
-             {Band::symmetric});
-      if (p_.sides[x].grad_proj && !b_.width[1 - x])  // the other side is unprojected: D is its width
-        gemm(walk_.threads, p_.D, d, count, scaled(1 - x, scale_[2]), walk_.block_of(x), dw_[x].data(), d,
-             dw_[x].started());
-    }
-    if (mixed_.get())
-      gemm(walk_.threads, b_.width[0], b_.width[1], count, scaled(0, scale_[2]), walk_.block_of(1), mixed_.get(),
-           b_.width[1], started_);
+    for (int x = 0; x < 2; ++x)
+      if (own_[x].get())
+        gemm(walk_.threads, b_.width[x], b_.width[x], count, scaled(x, scale_[x]), walk_.block_of(x), own_[x].get(),
+             b_.width[x], started_, {Band::symmetric});
+    gemm(walk_.threads, b_.width[0], b_.width[1], count, scaled(0, scale_[2]), walk_.block_of(1), mixed_.get(),
+         b_.width[1], started_);
     started_ = true;
   }
 
   void finish() {
+    const Operand<T> M_st = operand(mixed_.get(), b_.width[1]);
     for (int x = 0; x < 2; ++x) {
       const int64_t d = b_.width[x], other = b_.width[1 - x];
-      if (!p_.sides[x].grad_proj) continue;
+      if (!own_[x].get()) continue;
+      Accumulator<T> dw(p_.sides[x].grad_proj);
       if (started_) {
         mirror(walk_.threads, d, own_[x].get());
-        gemm(walk_.threads, p_.D, d, d, operand<T>(p_.sides[x].proj), operand(own_[x].get(), d), dw_[x].data(), d,
-             dw_[x].started());
-        const Operand<T> mixed = operand(mixed_.get(), b_.width[1]);
-        if (other)
-          gemm(walk_.threads, p_.D, d, other, operand<T>(p_.sides[1 - x].proj), x == 1 ? mixed : mixed.transposed(),
-               dw_[x].data(), d, true);
+        gemm(walk_.threads, p_.D, d, d, operand<T>(p_.sides[x].proj), operand(own_[x].get(), d), dw.data(), d,
+             dw.started());
+        gemm(walk_.threads, p_.D, d, other, operand<T>(p_.sides[1 - x].proj), x == 1 ? M_st : M_st.transposed(),
+             dw.data(), d, dw.started());
       }
-      dw_[x].finish(walk_.threads);
+      dw.finish(walk_.threads);
     }
   }
 
  private:
+  bool any() const { return p_.sides[0].grad_proj || p_.sides[1].grad_proj; }
   Operand<T> scaled(int side, const Buffer<T>& scale) const {  // xᵀ with each point scaled
     Operand<T> x = walk_.block_of(side).transposed();
     x.scale = scale.get();
@@ -275,134 +259,45 @@ class Moments {
   Walk<T>& walk_;
   const Blocks& b_;
   const Alignment& p_;
-  Accumulator<T> dw_[2];
   Buffer<T> own_[2], mixed_, scale_[3];
   bool started_ = false;
 };
 
-constexpr int64_t kGramRows = 1024;
-
+// y_s = R_ss s has d_s coordinates, y_t = (R_st t, R_tt t) has K: the head, which y_s meets, and a tail.
 template <class T>
 void gram(const Alignment& p, const Grams& grams, int threads) {
   const Blocks b(p);
-  Walk<T> walk(p, kGramRows, threads);
-  Moments<T> moments(walk, b);
-  const T* G = static_cast<const T*>(grams.matrix.data);
-  double* norms = static_cast<double*>(grams.teacher_norms.data);
-
-  // ⟨z_x, z_x⟩ = x G_xx xᵀ. Where x's gradient is wanted too, u = x G_xx; else half the work: x (2·tril(G) − diag).
-  struct Side {
-    Buffer<T> u, v, half;
-    bool full, known;
-  } sides[2];
-  for (int x = 0; x < 2; ++x) {
-    Side& side = sides[x];
-    const int64_t d = b.width[x];
-    side.full = walk.wants[x].points;
-    side.known = x == 1 && grams.norms_known && !side.full;
-    if (d && !side.known) side.u = Buffer<T>(walk.block * d);
-    if (!d || side.full || side.known) continue;
-    side.half = Buffer<T>(d * d);
-    for (int64_t i = 0; i < d; ++i)
-      for (int64_t j = 0; j < d; ++j)
-        side.half[i * d + j] = G[(b.offset[x] + i) * b.K + b.offset[x] + j] * T(i > j ? 2 : i == j);
-  }
-  // ⟨z_s, z_t⟩ = ⟨v, x⟩ on the side whose gradient wants v; if neither does, on one that has a projection.
-  const bool any_points = walk.wants[0].points || walk.wants[1].points;
-  auto crosses = [&](int x) { return any_points ? walk.wants[x].points : x == (b.width[0] ? 0 : 1); };
-  for (int x = 0; x < 2; ++x)
-    if (crosses(x)) sides[x].v = Buffer<T>(walk.block * p.sides[x].points.cols);
-  const int at = crosses(0) ? 0 : 1;
-
-  walk.each([&](int64_t begin, int64_t count) {
-    for (int x = 0; x < 2; ++x) {
-      const int64_t d = b.width[x], y = 1 - x;
-      const Operand<T> X = walk.block_of(x);
-      if (d && sides[x].full)
-        gemm(threads, count, d, d, X, operand(G + b.offset[x] * (b.K + 1), b.K), sides[x].u.get(), d);
-      else if (d && !sides[x].known)
-        gemm(threads, count, d, d, X, operand(sides[x].half.get(), d), sides[x].u.get(), d, false, {Band::lower});
-      if (!crosses(x)) continue;
-      const int64_t width = p.sides[x].points.cols;
-      const Operand<T> C = !d            ? operand<T>(p.sides[y].proj).transposed()
-                           : !b.width[y] ? operand<T>(p.sides[x].proj)
-                                         : operand(G + b.offset[y] * b.K + b.offset[x], b.K);
-      gemm(threads, count, width, p.sides[y].points.cols, walk.block_of(y), C, sides[x].v.get(), width);
-    }
-    parallel_chunks(threads, count, kRowGrain, [&](int64_t i0, int64_t i1) {
-      for (int64_t i = i0; i < i1; ++i) {
-        double own[2];
-        for (int x = 0; x < 2; ++x) {
-          const int64_t d = b.width[x];
-          if (sides[x].known) {
-            own[x] = norms[begin + i];
-            continue;
-          }
-          own[x] = d ? dot(sides[x].u.get() + i * d, walk.row(x, i), d) : dot(walk.row(x, i), walk.row(x, i), p.D);
-          if (d && own[x] < 0) own[x] = 0;  // a square: rounding alone makes it negative
-          if (x == 1 && norms) norms[begin + i] = own[x];
-        }
-        const int64_t width = p.sides[at].points.cols;
-        const double mixed = dot(sides[at].v.get() + i * width, walk.row(at, i), width);
-        walk.keep(begin, i, cosine_point(own[0], mixed, own[1], p.metric == Metric::angular));
-        const PointGradient& g = walk.gradients[i];
-        for (int x = 0; x < 2; ++x) {  // ∂x = own u + mixed v, over v
-          if (!walk.wants[x].points) continue;
-          const int64_t w = p.sides[x].points.cols;
-          const T* u = b.width[x] ? sides[x].u.get() + i * w : walk.row(x, i);
-          T* v = sides[x].v.get() + i * w;
-          const double factor = x == 0 ? g.own_s : g.own_t;
-          for (int64_t j = 0; j < w; ++j) v[j] = static_cast<T>(factor * u[j] + g.mixed * v[j]);
-          write_row(p.sides[x].grad_points, walk.points.row(begin + i), v);
-        }
-      }
-    });
-    walk.add_losses(count);
-    moments.add(count);
-  });
-  moments.finish();
-}
-
-// ---- isometric ----------------------------------------------------------------------------------------------------
-
-template <class T>
-double factor(const Grams& grams, int threads) {
-  return cholesky(threads, grams.matrix.rows, static_cast<T*>(grams.matrix.data));
-}
-
-// e = R[s; −t] has the length of z_s − z_t. Its first d_s coordinates meet R's columns of s, all of them those of t.
-template <class T>
-void isometric(const Alignment& p, const Grams& grams, int threads) {
-  const Blocks b(p);
-  Walk<T> walk(p, kGramRows, threads);
-  Moments<T> moments(walk, b);
-  const T* R = static_cast<const T*>(grams.matrix.data);
   const int64_t d_s = b.width[0], d_t = b.width[1], K = b.K;
-  Buffer<T> e(walk.block * K), minus(K), dx(walk.block * max(d_s, d_t));
-  for (int64_t j = 0; j < K; ++j) minus[j] = T(-1);
+  Walk<T> walk(p, 1024, threads);
+  Moments<T> moments(walk, b);
+  const Operand<T> R_s = operand(static_cast<const T*>(grams.factor.data), K);
+  const Operand<T> R_t = operand(static_cast<const T*>(grams.factor.data) + d_s, K);
+  double* tails = static_cast<double*>(grams.teacher_tails.data);
+  const int64_t width_t = grams.tails_known ? d_s : K;  // a known tail needs no coordinates
+  Buffer<T> y_s(walk.block * d_s), y_t(walk.block * width_t), dx(walk.block * max(d_s, d_t));
 
   walk.each([&](int64_t begin, int64_t count) {
-    Operand<T> teacher = walk.block_of(1);
-    teacher.scale = minus.get();
-    gemm(threads, count, K, d_t, teacher, operand(R + d_s, K).transposed(), e.get(), K, false, {Band::lower, d_s});
-    gemm(threads, count, d_s, d_s, walk.block_of(0), operand(R, K).transposed(), e.get(), K, true, {Band::lower});
+    gemm(threads, count, d_s, d_s, walk.block_of(0), R_s.transposed(), y_s.get(), d_s, false, {Band::lower});
+    gemm(threads, count, width_t, d_t, walk.block_of(1), R_t.transposed(), y_t.get(), width_t, false,
+         {Band::lower, d_s});
     parallel_chunks(threads, count, kRowGrain, [&](int64_t i0, int64_t i1) {
       for (int64_t i = i0; i < i1; ++i) {
-        T* row = e.get() + i * K;
-        walk.keep(begin, i, {dot(row, row, K) / p.D, 2.0 / p.D, -2.0 / p.D, 2.0 / p.D});
-        for (int64_t j = 0; j < K; ++j) row[j] = static_cast<T>(walk.gradients[i].own_s * row[j]);
+        T *s = y_s.get() + i * d_s, *t = y_t.get() + i * width_t;
+        const double tail = grams.tails_known ? tails[begin + i] : dot(t + d_s, t + d_s, d_t);
+        if (tails && !grams.tails_known) tails[begin + i] = tail;
+        walk.keep(begin, i, compare(p.metric, p.D, d_s, s, t, tail));
+        const PointGradient& g = walk.gradients[i];
+        point_gradient(d_s, g, p.metric, s, t, walk.wants[0].points ? s : nullptr, walk.wants[1].points ? t : nullptr);
+        for (int64_t j = d_s; walk.wants[1].points && j < K; ++j) t[j] = static_cast<T>(g.own_t * t[j]);
       }
     });
     walk.add_losses(count);
-    const Operand<T> de = operand(e.get(), K);
     if (p.sides[0].grad_points)
-      multiply_into_rows(walk, p.sides[0].grad_points, begin, count, d_s, de, operand(R, K), dx.get(), {Band::upper});
-    if (p.sides[1].grad_points) {
-      Operand<T> negative = de;
-      negative.scale = minus.get();
-      multiply_into_rows(walk, p.sides[1].grad_points, begin, count, K, negative, operand(R + d_s, K), dx.get(),
+      multiply_into_rows(walk, p.sides[0].grad_points, begin, count, d_s, operand(y_s.get(), d_s), R_s, dx.get(),
+                         {Band::upper});
+    if (p.sides[1].grad_points)
+      multiply_into_rows(walk, p.sides[1].grad_points, begin, count, K, operand(y_t.get(), K), R_t, dx.get(),
                          {Band::upper, d_s});
-    }
     moments.add(count);
   });
   moments.finish();
@@ -419,16 +314,10 @@ extern const ProjectionAlignmentKernels projection_alignment;
 const ProjectionAlignmentKernels projection_alignment = {
     [](const Alignment& p, int threads) { in_type(p.accumulate, [&]<class T>(T) { direct<T>(p, threads); }); },
     [](const Alignment& p, const Grams& g, int threads) {
-      in_type(p.accumulate, [&]<class T>(T) { gram_matrix<T>(p, g, threads); });
-    },
-    [](const Grams& g, int threads) {
-      return in_type(g.matrix.dtype, [&]<class T>(T) { return factor<T>(g, threads); });
+      return in_type(p.accumulate, [&]<class T>(T) { return factor<T>(p, g, threads); });
     },
     [](const Alignment& p, const Grams& g, int threads) {
       in_type(p.accumulate, [&]<class T>(T) { gram<T>(p, g, threads); });
-    },
-    [](const Alignment& p, const Grams& g, int threads) {
-      in_type(p.accumulate, [&]<class T>(T) { isometric<T>(p, g, threads); });
     },
 };
 

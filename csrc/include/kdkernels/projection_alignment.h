@@ -34,25 +34,22 @@ struct Alignment {
   View total;                         // (1, 1), or absent
 };
 
-// G = [W_s W_t]ᵀ[W_s W_t] over the sides that have a projection, K columns in all; in the accumulation dtype,
-// contiguous. Student first: G_ss, G_st, G_tt are its blocks.
+// With K = d_s + d_t and the Cholesky factorisation [W_s W_t]ᵀ[W_s W_t] = RᵀR, the points y_s = R[:, :d_s] s and
+// y_t = R[:, d_s:] t have the inner products of z_s and z_t, and the same cancellations: none that D would not have.
 struct Grams {
-  View matrix;         // (K, K): G, or after factor() the upper triangular R with RᵀR = G
-  View teacher_norms;  // (N, 1) float64: ⟨z_t, z_t⟩ of a teacher that does not change, or absent
-  bool norms_known = false;
+  View factor;         // (K, K): R, upper triangular; in the accumulation dtype and contiguous
+  View teacher_tails;  // (N, 1) float64: ‖y_t[d_s:]‖² of a teacher that does not change, or absent
+  bool tails_known = false;
 };
 
 struct ProjectionAlignmentKernels {
   // Block by block: project, reduce, overwrite with the gradient. Workspace O(block·D).
   void (*direct)(const Alignment&, int threads);
-  void (*gram_matrix)(const Alignment&, const Grams&, int threads);
-  // Overwrite G by its Cholesky factor. Returns the smallest squared pivot relative to G's diagonal, an estimate of
-  // 1/condition; 0 when G is not positive definite (R is then incomplete).
-  double (*factor)(const Grams&, int threads);
-  // Cosine and angular from inner products in d_s and d_t dimensions: the cost per point does not depend on D.
+  // Fill `factor`. Returns the smallest squared pivot relative to G's diagonal, an estimate of 1/condition; 0 when G
+  // is not positive definite (the factor is then incomplete).
+  double (*factor)(const Alignment&, const Grams&, int threads);
+  // The same numbers as direct from K dimensions in place of D. Both sides have a projection and no bias.
   void (*gram)(const Alignment&, const Grams&, int threads);
-  // The same for mse: differences are formed in the isometric coordinates R[s; −t]. Both sides have a projection.
-  void (*isometric)(const Alignment&, const Grams&, int threads);
 };
 
 }  // namespace kd

@@ -59,9 +59,9 @@ def projection_alignment_loss(
             it holds, NaN included, reaches neither the loss nor a gradient. No gradient flows into weights.
         reduction: `"mean"` divides by the sum of the weights (the number of points without them; if nothing counts,
             the loss is 0), `"sum"` adds up, `"none"` returns weights · loss in the shape of the leading dimensions.
-        method: `"direct"` projects and reduces block by block; `"gram"` eliminates D through WᵀW, for mse by its
-            Cholesky factor (direct, where that is too ill-conditioned); `"auto"` takes the cheaper
-            by FLOPs and bytes (`kdkernels.explain` shows them). The reference knows the definition alone.
+        method: `"direct"` projects and reduces block by block; `"gram"` eliminates D through [W_s W_t]ᵀ[W_s W_t] (it
+            needs both projections, and runs direct where these are too ill-conditioned for it); `"auto"` takes the
+            cheaper by FLOPs and bytes (`kdkernels.explain` shows them). The reference knows the definition alone.
         backend: `"auto"`, `"reference"`, `"native"` (CPU) or `"triton"` (GPU). One that was asked for by name and
             cannot serve raises.
 
@@ -186,7 +186,7 @@ def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
     a = bound.arguments
     order = (*schema.NAMES, "weights", "metric", "reduction", "method", "backend")
     call = _prepare(*(a[name] for name in order))
-    sizes = methods.sizes(call.operands, call.needs)
+    sizes = methods.sizes(call.operands, call.needs, call.backend.backend, a["metric"])
     dtypes = {x.dtype for x in call.operands if x is not None}
     if call.backend.backend == "reference":
         method, costs = "direct", (methods.direct_cost(sizes),)

@@ -1,12 +1,12 @@
 """What was derived from tensors that do not change, kept until they do.
 
-A value is found again only for the very same tensor objects at the same version and the same place in memory. Edits
-through `.data` (an EMA update, say) leave the version alone: one element of every row is compared as well.
+A value is found again only for the same memory of the same tensor (or of the tensor it is a view of) at the same
+version. Edits through `.data` (an EMA update, say) leave the version alone: one element of every row is compared too.
 """
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,71 +16,63 @@ from torch import Tensor
 CAPACITY = 512 << 20  # bytes of derived values kept at most; the least recently used go first
 
 
-@dataclass
+def _owner(x: Tensor) -> Tensor:
+    """The tensor that lives as long as the memory is the caller's: operators flatten, and views come and go."""
+    return x if x._base is None else x._base
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return id(_owner(x)), x.data_ptr(), x.shape, x.stride(), x.dtype
+
+
+@dataclass(frozen=True)
 class _Witness:
     """What a tensor looked like when something was derived from it."""
 
-    ref: weakref.ref[Tensor]
-    state: tuple[Any, ...]
+    owner: weakref.ref[Tensor]
+    version: int
     rows: Tensor
     cols: Tensor
     sample: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> "_Witness":
+    def of(cls, x: Tensor, forget: Callable[[object], None]) -> "_Witness":
         matrix = x.detach().reshape(x.shape[0], -1)
         rows = torch.arange(matrix.shape[0], device=x.device)
         cols = rows * 7919 % max(matrix.shape[1], 1)
-        return cls(weakref.ref(x), _state(x), rows, cols, matrix[rows, cols])
+        return cls(weakref.ref(_owner(x), forget), x._version, rows, cols, matrix[rows, cols])
 
     def holds(self, x: Tensor) -> bool:
-        if self.ref() is not x or self.state != _state(x):
+        if self.owner() is not _owner(x) or self.version != x._version:
             return False
         return torch.equal(self.sample, x.detach().reshape(x.shape[0], -1)[self.rows, self.cols])
 
 
-def _state(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x._version, x.shape, x.stride(), x.dtype
-
-
 class Derived:
-    """A small memory of values derived from tensors, least recently used first out."""
+    """A small memory of values derived from tensors; each value may carry a note."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[Hashable, tuple[tuple[_Witness | None, ...], Tensor, Any]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[list[_Witness], Tensor, Any]] = OrderedDict()
 
-    @staticmethod
-    def _key(tensors: Sequence[Tensor | None], extra: Hashable) -> Hashable:
-        return tuple(None if x is None else id(x) for x in tensors), extra
-
-    def find(self, tensors: Sequence[Tensor | None], extra: Hashable) -> tuple[Tensor, Any] | None:
-        """(value, note) as kept for these tensors, or None when there is none or a tensor has changed."""
-        key = self._key(tensors, extra)
+    def find(self, tensors: Sequence[Tensor | None], kind: Hashable) -> tuple[Tensor, Any] | None:
+        """The value of this kind and its note, or None when there is none or a tensor has changed."""
+        present = [x for x in tensors if x is not None]
+        key = (kind, *map(_place, present))
         entry = self._entries.get(key)
         if entry is None:
             return None
-        for witness, x in zip(entry[0], tensors, strict=True):
-            if witness is not None and not witness.holds(x):  # type: ignore[arg-type]
-                self._entries.pop(key, None)
-                return None
+        if not all(witness.holds(x) for witness, x in zip(entry[0], present, strict=True)):
+            self._entries.pop(key, None)
+            return None
         self._entries.move_to_end(key)
         return entry[1], entry[2]
 
-    def keep(self, tensors: Sequence[Tensor | None], extra: Hashable, value: Tensor, note: Any = None) -> None:
+    def keep(self, tensors: Sequence[Tensor | None], kind: Hashable, value: Tensor, note: Any = None) -> None:
         """Keep a value until one of its tensors changes or is gone. Inference tensors have no version: not kept."""
-        if any(x is not None and x.is_inference() for x in tensors):
+        present = [x for x in tensors if x is not None]
+        if any(x.is_inference() for x in present):
             return
-        key = self._key(tensors, extra)
-        witnesses = tuple(None if x is None else _Witness.of(x) for x in tensors)
-        self._entries[key] = (witnesses, value, note)
-        for x in tensors:
-            if x is not None:
-                weakref.finalize(x, self._entries.pop, key, None)
-        while self._bytes() > CAPACITY and len(self._entries) > 1:
+        key = (kind, *map(_place, present))
+        self._entries[key] = ([_Witness.of(x, lambda _: self._entries.pop(key, None)) for x in present], value, note)
+        while sum(kept.nbytes for _, kept, _ in list(self._entries.values())) > CAPACITY and len(self._entries) > 1:
             self._entries.popitem(last=False)
-
-    def _bytes(self) -> int:
-        return sum(value.nbytes for _, value, _ in self._entries.values())
-
-    def clear(self) -> None:
-        self._entries.clear()

@@ -1,11 +1,10 @@
-"""Three ways to the same numbers, chosen by cost: FLOPs over the matmul rate plus bytes over the bandwidth.
+"""Two ways to the same numbers, chosen by cost: FLOPs over the matmul rate plus bytes over the bandwidth.
 
-    direct     project block by block, reduce, overwrite the block with its gradient      2·N·D·(…) FLOPs
-    gram       eliminate D: all three metrics depend on inner products only, and those on WᵀW
-    isometric  gram for mse, which would cancel: form differences in the coordinates of the Cholesky factor of WᵀW
+    direct   project block by block, reduce, overwrite the block with its gradient
+    gram     eliminate D: every metric depends on inner products alone, and those on G = [W_s W_t]ᵀ[W_s W_t]
 
-`gram` and `isometric` are one method to the caller (`method="gram"`). Costs are written out in docs of
-`projection_alignment_loss`; the Gram idea is Vincent et al. 2015 (arXiv 1606.08061).
+On the CPU gram works in the isometric coordinates of G's Cholesky factor, which has the FLOPs of the plain formula
+and cancels only where the direct method does. The idea is Vincent et al. 2015 (arXiv 1606.08061).
 """
 
 from collections.abc import Sequence
@@ -32,6 +31,9 @@ class Sizes:
     d_s: int | None
     d_t: int | None
     itemsize: int
+    backend: str
+    metric: str
+    low_precision: bool  # some matmul operand is narrower than float32
     needs: tuple[bool, ...]  # gradients of student, teacher, student_proj, teacher_proj, student_bias, teacher_bias
     frozen: bool = False  # no projection can change: Gram matrices are computed once for many calls
 
@@ -42,7 +44,7 @@ def frozen(operands: Sequence[Tensor | None]) -> bool:
     return not any(x is not None and x.requires_grad for x in operands[2:])
 
 
-def sizes(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> Sizes:
+def sizes(operands: Sequence[Tensor | None], needs: Sequence[bool], backend: str, metric: str) -> Sizes:
     """The sizes of a call, from operands in the order of `schema.NAMES`."""
     student, _, student_proj, teacher_proj, *_ = operands
     assert student is not None
@@ -53,8 +55,11 @@ def sizes(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> Sizes:
         d_s=None if student_proj is None else student_proj.shape[1],
         d_t=None if teacher_proj is None else teacher_proj.shape[1],
         itemsize=max(4, *(x.dtype.itemsize for x in operands if x is not None)),
+        backend=backend,
+        metric=metric,
+        low_precision=any(x is not None and x.dtype.itemsize < 4 for x in operands[:4]),
         needs=tuple(needs),
-        frozen=frozen(operands),
+        frozen=backend == "native" and frozen(operands),  # on a GPU, noticing a change would need a synchronisation
     )
 
 
@@ -84,27 +89,24 @@ def direct_cost(s: Sizes) -> Cost:
 
 
 def gram_cost(s: Sizes) -> Cost:
-    """Symmetric products count half; the weight gradients are one (D, K) x (K, K) product."""
-    if s.d_s is None and s.d_t is None:
-        return Cost("gram", 0, 0, "neither side has a projection: there is nothing to eliminate")
-    d_s, d_t = s.d_s or 0, s.d_t or 0
+    """Triangular and symmetric products count half; the weight gradients are one (D, K) x (K, K) product."""
+    if s.d_s is None or s.d_t is None:
+        return Cost("gram", 0, 0, "it needs both projections")
+    if s.backend == "triton" and (s.metric != "cosine" or s.low_precision):
+        # mse and angular would need the factor, whose conditioning only a synchronisation could tell; low precision
+        # would trade its fast matmuls for float32 ones
+        return Cost("gram", 0, 0, "on a GPU it serves cosine in float32")
+    d_s, d_t = s.d_s, s.d_t
     K = d_s + d_t
-    one_sided = s.d_s is None or s.d_t is None
-    cross = 2 * s.D * K if one_sided else 2 * d_s * d_t  # FLOPs a point to bring one side to the other's width
-    quadratic = d_s * d_s + d_t * d_t  # FLOPs a point for both quadratic forms, or for M_ss and M_tt
-    setup = s.D * (d_s * d_s + d_t * d_t) + (0 if one_sided else 2 * s.D * d_s * d_t)
-    if s.frozen:
-        setup //= FROZEN_CALLS
-    per_point = quadratic + cross
-    per_point += (s.needs[0] and s.d_s is not None) * d_s * d_s + (s.needs[1] and s.d_t is not None) * d_t * d_t
-    if (s.needs[0] and s.needs[1]) or (one_sided and s.needs[0 if s.d_s is None else 1]):
-        per_point += cross
+    quadratic, cross = d_s * d_s + d_t * d_t, 2 * d_s * d_t  # FLOPs a point
+    setup = s.D * (quadratic + cross) + K**3 // 3
+    per_point = quadratic + cross + s.needs[0] * d_s * d_s + s.needs[1] * (d_t * d_t + cross)
     last = 0
-    if any(s.needs[2:4]):
+    if any(s.needs[2:]):
         per_point += quadratic + cross
-        last = 2 * s.D * K * (d_s * s.needs[2] + d_t * s.needs[3])
-    flops = setup + s.N * per_point + last
-    return Cost("gram", flops, 3 * s.N * K * s.itemsize + 3 * K * K * s.itemsize)
+        last = 2 * s.D * K * (d_s * (s.needs[2] or s.needs[4]) + d_t * (s.needs[3] or s.needs[5]))
+    flops = (setup // FROZEN_CALLS if s.frozen else setup) + s.N * per_point + last
+    return Cost("gram", flops, (3 * s.N * K + 3 * K * K) * s.itemsize)
 
 
 def choose(method: str, s: Sizes) -> tuple[str, tuple[Cost, ...]]:

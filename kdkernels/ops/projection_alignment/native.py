@@ -14,9 +14,16 @@ from kdkernels.ops.projection_alignment.frozen import Derived
 
 Operands = Sequence[Tensor | None]
 
-# The isometric coordinates come from a Cholesky factor. Where its smallest squared pivot, relative to the diagonal,
-# is below this, rounding in G would show in the loss, and mse is computed directly.
-WELL_CONDITIONED = {torch.float32: 1e-2, torch.float64: 1e-7}
+# Below this smallest squared pivot, relative to the diagonal, of the Cholesky factor of [W_s W_t]ᵀ[W_s W_t], rounding
+# in the product could show in the loss, and the direct method runs. (Points that nearly coincide in the shared space
+# need nearly dependent projections, so they never reach the Gram method.) mse is held to more: it has no norm to be
+# compared with.
+WELL_CONDITIONED = {
+    (torch.float32, True): 1e-2,
+    (torch.float32, False): 1e-4,
+    (torch.float64, True): 1e-7,
+    (torch.float64, False): 1e-9,
+}  # by accumulation dtype and whether the metric is mse
 
 derived = Derived()
 
@@ -46,8 +53,7 @@ def _run(
     losses: Tensor | None,
 ) -> None:
     accumulate = (losses if total is None else total).dtype  # type: ignore[union-attr]
-    sizes = methods.sizes(operands, [g is not None for g in grads])
-    chosen = methods.choose(method, sizes)[0]
+    chosen = methods.choose(method, methods.sizes(operands, [g is not None for g in grads], "native", metric))[0]
     arguments = (weights, losses, total, metric, accumulate)
     if chosen == "gram" and _run_gram(operands, grads, *arguments):
         return
@@ -65,66 +71,56 @@ def _run_gram(
     metric: str,
     accumulate: torch.dtype,
 ) -> bool:
-    """False when mse finds the projections too ill-conditioned for its coordinates, or has only one of them."""
-    if metric == "mse" and (operands[2] is None or operands[3] is None):
-        return False
+    """False when the projections are too ill-conditioned for it."""
     augmented, augmented_grads = _biases_as_columns(operands, grads)
-    matrix, pivot = _gram_matrix(operands, augmented, metric, accumulate)
-    if metric == "mse" and pivot < WELL_CONDITIONED[accumulate]:
+    factor, pivot = _factor(operands, augmented, accumulate)
+    if pivot < WELL_CONDITIONED[accumulate, metric == "mse"]:
         return False
-    norms, norms_known = _teacher_norms(operands, grads, weights, metric, accumulate)
+    tails, tails_known = _teacher_tails(operands, grads, weights, accumulate)
     _native.module().projection_alignment_gram(
         [_view(x) for x in augmented],
         [_view(g) for g in augmented_grads],
         *_common(weights, losses, total, metric, accumulate),
-        _view(matrix),
-        _view(norms),
-        norms_known,
+        _view(factor),
+        _view(tails),
+        tails_known,
         torch.get_num_threads(),
     )
     _split_columns(operands, grads, augmented_grads)
     return True
 
 
-def _gram_matrix(
-    operands: Operands, augmented: Operands, metric: str, accumulate: torch.dtype
-) -> tuple[Tensor, float]:
-    """G = WᵀW (for mse its Cholesky factor) and the smallest pivot; from memory where the projections are frozen."""
+def _factor(operands: Operands, augmented: Operands, accumulate: torch.dtype) -> tuple[Tensor, float]:
+    """The Cholesky factor and its smallest pivot; from memory where the projections are frozen."""
     native = _native.module()
-    kind = (metric == "mse", accumulate, native.isa())
+    kind = (accumulate, native.isa())
     frozen = methods.frozen(operands)
     found = derived.find(operands[2:], kind) if frozen else None
     if found is not None:
         return found
     width = sum(w.shape[1] for w in augmented[2:4] if w is not None)
-    matrix = torch.empty(width, width, dtype=accumulate)
-    threads = torch.get_num_threads()
-    views = [_view(x) for x in augmented]
-    native.projection_alignment_gram_matrix(views, _view(matrix), _name(accumulate), threads)
-    pivot = native.projection_alignment_factor(_view(matrix), threads) if metric == "mse" else 1.0
+    factor = torch.empty(width, width, dtype=accumulate)
+    pivot = native.projection_alignment_factor(
+        [_view(x) for x in augmented], _view(factor), _name(accumulate), torch.get_num_threads()
+    )
     if frozen:
-        derived.keep(operands[2:], kind, matrix, pivot)
-    return matrix, pivot
+        derived.keep(operands[2:], kind, factor, pivot)
+    return factor, pivot
 
 
-def _teacher_norms(
-    operands: Operands, grads: Sequence[Tensor | None], weights: Tensor | None, metric: str, accumulate: torch.dtype
+def _teacher_tails(
+    operands: Operands, grads: Sequence[Tensor | None], weights: Tensor | None, accumulate: torch.dtype
 ) -> tuple[Tensor | None, bool]:
-    """⟨z_t, z_t⟩ of a teacher batch that has been seen before, or room to write it down; None where neither applies."""
-    teacher = operands[1]
-    assert teacher is not None
-    if metric == "mse" or weights is not None or grads[1] is not None or not methods.frozen(operands):
+    """‖y_t[d_s:]‖² of a teacher batch that was seen before, or room to write it down; None where neither applies."""
+    if weights is not None or grads[1] is not None or not methods.frozen(operands):
         return None, False
-    if teacher._base is not None:  # api flattens (batch, time, d): remember the tensor the caller holds
-        teacher = teacher._base
-    key = (teacher, operands[3], operands[5])
-    kind = ("norms", operands[1].shape, operands[1].stride(), operands[1].storage_offset(), accumulate)  # type: ignore[union-attr]
+    key, kind = (operands[1], *operands[2:]), ("tails", accumulate, _native.module().isa())
     found = derived.find(key, kind)
     if found is not None:
         return found[0], True
-    norms = torch.empty(operands[1].shape[0], dtype=torch.float64)  # type: ignore[union-attr]
-    derived.keep(key, kind, norms)
-    return norms, False
+    tails = torch.empty(operands[1].shape[0], dtype=torch.float64)  # type: ignore[union-attr]
+    derived.keep(key, kind, tails)
+    return tails, False
 
 
 def _biases_as_columns(
