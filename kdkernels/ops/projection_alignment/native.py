@@ -32,9 +32,7 @@ def loss_and_gradients(
     operands: Operands, weights: Tensor | None, metric: str, method: str, total: Tensor, grads: Sequence[Tensor]
 ) -> None:
     """Fill `total` and each gradient that has room (see `schema.projection_alignment`)."""
-    wanted = [
-        g if g.numel() or (x is not None and x.numel() == 0) else None for g, x in zip(grads, operands, strict=True)
-    ]
+    wanted = [g if x is not None and g.shape == x.shape else None for g, x in zip(grads, operands, strict=True)]
     _run(operands, wanted, weights, metric, method, total=total, losses=None)
 
 

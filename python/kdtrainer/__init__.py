@@ -1,0 +1,1 @@
+"""kdtrainer: small, complete distillation runs on the public API of kdkernels. `python -m kdtrainer --help`."""

@@ -1,0 +1,122 @@
+"""Checkpoints in safetensors: whole or not there, and enough to go on with the same bits."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from
+from safetensors.torch import save as bytes_of
+from torch import Tensor, nn
+
+from kdtrainer.config import Config
+from kdtrainer.errors import RunError
+
+MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng.torch"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stood: `metrics_bytes` of the metrics file were written, `seconds` had been spent."""
+
+    step: int
+    metrics_bytes: int
+    seconds: float
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """After a crash at any moment, `path` holds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+
+
+def save(path: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, config: Config, progress: Progress) -> None:
+    """Weights, optimiser state, random number state, config and progress, in one file."""
+    tensors = {MODEL + name: value for name, value in trained.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in state.items()}
+    tensors[RNG] = torch.get_rng_state()
+    metadata = {"config": json.dumps(config.as_json()), "progress": json.dumps(progress.__dict__)}
+    write_atomically(path, bytes_of({name: value.contiguous() for name, value in tensors.items()}, metadata))
+
+
+def restore(path: Path, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The inverse of `save`, torch's generator included; what to build first is in the config."""
+    tensors = read(path)
+    trained.load_state_dict(_under(MODEL, tensors))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in _under(OPTIMIZER, tensors).items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors[RNG])
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """The trained weights alone."""
+    return _under(MODEL, read(path))
+
+
+def progress(path: Path) -> Progress:
+    return Progress(**json.loads(_metadata(path)["progress"]))
+
+
+def check_config(path: Path, config: Config) -> None:
+    """Raise RunError, naming the differences, unless the checkpoint is of a run with this config."""
+    saved = json.loads(_metadata(path)["config"])
+    asked = config.as_json()
+    differences = [
+        f"{name} was {saved.get(name)!r} and is now {asked.get(name)!r}"
+        for name in sorted(saved.keys() | asked.keys())
+        if saved.get(name) != asked.get(name)
+    ]
+    if differences:
+        raise RunError(
+            f"cannot resume {path.parent.parent}: its config is another ({'; '.join(differences)}). "
+            "Give the options it was started with, or start afresh in another --out"
+        )
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by name."""
+    try:
+        return tensors_from(path.read_bytes())
+    except SafetensorError as error:
+        raise _damaged(path) from error
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The header alone: eight bytes of length, then JSON."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        return json.loads(header)["__metadata__"]
+    except (ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(f"{path} is no checkpoint of kdtrainer, or was damaged: start afresh, without --resume")
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the renaming itself durable, where the system lets a directory be opened."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,154 @@
+"""`python -m kdtrainer digits`: teachers, a student without and with distillation, and what that gave."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdkernels as kd
+from kdtrainer import checkpoint, data, metrics, models, plots, report
+from kdtrainer.compare import Deviation, deviation
+from kdtrainer.config import Config
+from kdtrainer.distill import LABELLED_BATCH, TEACHER_BATCH, Task, distillation_task, labels_task
+from kdtrainer.errors import RunError
+from kdtrainer.train import fit
+
+TEACHER_RATE, STUDENT_RATE = 3e-3, 1e-2
+BASELINE, ALL_LABELS, DISTILLED, REFERENCE = "student", "student-all-labels", "distilled", "distilled-reference"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not change the numbers of a run."""
+
+    out: Path
+    resume: bool
+    compare: bool
+    checkpoint_every: int
+    budget: float
+
+
+def run(config: Config, options: Options) -> bool:
+    """The whole experiment. False when `options.compare` found the backends further apart than the budget.
+
+    Raises RunError when the run cannot start or go on, `train.Interrupted` after Ctrl-C.
+    """
+    config = replace(config, backend=serving_backend(config))
+    if options.compare and config.backend == "reference":
+        raise RunError(f"--compare has nothing to compare: only the reference serves here\n{explanation('auto')}")
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True)
+    digits = data.load(config.labels, config.seed_of("labels"))
+    kept_bytes = prepare(config, options)
+    log = metrics.MetricsLog(options.out / "metrics.jsonl", kept_bytes)
+    try:
+        trained = train_all(config, options, digits, log)
+    finally:
+        log.close()
+    return conclude(config, options, digits, trained)
+
+
+def serving_backend(config: Config) -> str:
+    """The backend that `config.backend` means on this machine."""
+    try:
+        return explanation(config.backend).backend
+    except (ImportError, ValueError) as error:
+        raise RunError(f"--backend {config.backend} cannot be had: {error}") from error
+
+
+def explanation(backend: str) -> Any:
+    point, projection = torch.empty(1, 2), torch.empty(3, 2)
+    return kd.explain(kd.projection_alignment_loss, point, point, projection, projection, backend=backend)
+
+
+def checkpoint_path(out: Path, task: str) -> Path:
+    return out / "checkpoints" / f"{task}.safetensors"
+
+
+def prepare(config: Config, options: Options) -> int:
+    """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept."""
+    found = sorted(checkpoint_path(options.out, "*").parent.glob("*.safetensors"))
+    if not options.resume:
+        for path in found:
+            path.unlink()
+        return 0
+    for path in found:
+        checkpoint.check_config(path, config)
+    return max((checkpoint.progress(path).metrics_bytes for path in found), default=0)
+
+
+def train_all(
+    config: Config, options: Options, digits: data.Digits, log: metrics.MetricsLog
+) -> dict[str, models.Classifier]:
+    """Every model of the experiment, trained, by task name; the teachers first."""
+    trained: dict[str, models.Classifier] = {}
+    everything = torch.arange(len(digits.train_images))
+    with report.progress_bar() as bar:
+
+        def train(task: Task) -> None:
+            path = checkpoint_path(options.out, task.name)
+            torch.manual_seed(config.seed_of("batches"))
+            fit(task, digits, config, path, log, options.checkpoint_every, bar.task(task.name, task.steps))
+            trained[task.name] = task.model.eval()
+
+        for name in config.teachers:
+            torch.manual_seed(config.seed_of(name))
+            teacher = models.TEACHERS[name]()
+            size, steps = TEACHER_BATCH, config.teacher_steps
+            train(labels_task(name, teacher, digits, everything, size, steps, TEACHER_RATE))
+        teachers = [(name, trained[name].requires_grad_(False)) for name in config.teachers]
+
+        def new_student() -> models.Classifier:
+            torch.manual_seed(config.seed_of("student"))  # all students start from the same weights
+            return models.student()
+
+        for name, labelled in ((BASELINE, digits.labelled), (ALL_LABELS, everything)):
+            student = new_student()
+            train(labels_task(name, student, digits, labelled, LABELLED_BATCH, config.steps, STUDENT_RATE))
+        backends = {DISTILLED: config.backend} | ({REFERENCE: "reference"} if options.compare else {})
+        for name, backend in backends.items():
+            train(distillation_task(name, new_student(), teachers, digits, config, STUDENT_RATE, backend))
+    return trained
+
+
+def conclude(config: Config, options: Options, digits: data.Digits, trained: dict[str, models.Classifier]) -> bool:
+    """Evaluate, compare, and write the report: table, report.json and plots."""
+    predicted = {name: models.probabilities(model, digits.test_images) for name, model in trained.items()}
+    progress = {name: checkpoint.progress(checkpoint_path(options.out, name)) for name in trained}
+    rows = [
+        report.Row(
+            name,
+            models.parameter_count(trained[name]),
+            models.accuracy(predicted[name], digits.test_labels),
+            progress[name].seconds,
+        )
+        for name in trained
+    ]
+    teachers = [row for row in rows if row.name in config.teachers]
+    mixture = torch.stack([predicted[name] for name in config.teachers]).mean(0)  # (N, 10)
+    ensemble = report.Row(
+        "ensemble",
+        sum(row.parameters for row in teachers),
+        models.accuracy(mixture, digits.test_labels),
+        sum(row.seconds for row in teachers),
+    )
+    rows.insert(len(teachers), ensemble)
+    records = metrics.read(options.out / "metrics.jsonl")
+    found = deviation_of_backends(options, records) if options.compare else None
+    report.write(options.out / "report.json", config, rows, found)
+    plots.loss_curves(records, options.out / "loss.png")
+    plots.accuracy_bars(rows, config, options.out / "accuracy.png")
+    report.show(rows, config, options.out, found)
+    return found is None or found.within_budget
+
+
+def deviation_of_backends(options: Options, records: dict[str, list[dict[str, Any]]]) -> Deviation:
+    def losses(task: str) -> list[float]:
+        return [record["loss"] for record in records[task]]
+
+    def weights(task: str) -> dict[str, torch.Tensor]:
+        tensors = checkpoint.weights(checkpoint_path(options.out, task))
+        return {name: value for name, value in tensors.items() if name.startswith("student.")}
+
+    return deviation(losses(DISTILLED), losses(REFERENCE), weights(DISTILLED), weights(REFERENCE), options.budget)

@@ -1,0 +1,111 @@
+"""Teachers of three architectures and the student. Each returns its logits and the hidden states to align."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdtrainer.data import CLASSES
+
+SIDE = 8  # images are SIDE x SIDE
+
+
+class Classifier(nn.Module):
+    """(N, 64) images -> (N, 10) logits and one (N, width) state per entry of `widths`, early layers first."""
+
+    widths: tuple[int, ...]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        raise NotImplementedError
+
+
+class MLP(Classifier):
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.widths = widths
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((SIDE * SIDE, *widths)))
+        self.head = nn.Linear(widths[-1], CLASSES)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x, states = images, []
+        for layer in self.hidden:
+            x = F.gelu(layer(x))  # (N, width)
+            states.append(x)
+        return self.head(x), states
+
+
+class CNN(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * 2 * 2, 128)
+        self.head = nn.Linear(128, CLASSES)
+        self.widths = (32 * 2 * 2, 128)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = images.view(-1, 1, SIDE, SIDE)
+        x = F.max_pool2d(F.gelu(self.conv1(x)), 2)  # (N, 16, 4, 4)
+        x = F.max_pool2d(F.gelu(self.conv2(x)), 2)  # (N, 32, 2, 2)
+        early = x.flatten(1)
+        late = F.gelu(self.hidden(early))
+        return self.head(late), [early, late]
+
+
+class RowTransformer(Classifier):
+    """The eight rows of an image are its tokens."""
+
+    def __init__(self, width: int = 32, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Linear(SIDE, width)
+        self.position = nn.Parameter(0.1 * torch.randn(SIDE, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.1, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, CLASSES)
+        self.widths = (SIDE * width, width)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = self.embed(images.view(-1, SIDE, SIDE)) + self.position  # (N, rows, width)
+        x = self.layers[0](x)
+        early = x.flatten(1)
+        for layer in self.layers[1:]:
+            x = layer(x)
+        late = self.norm(x).mean(1)
+        return self.head(late), [early, late]
+
+
+TEACHERS: dict[str, Callable[[], Classifier]] = {
+    "mlp": lambda: MLP(256, 256),
+    "cnn": CNN,
+    "transformer": RowTransformer,
+}
+
+
+def student() -> Classifier:
+    """A small share of any teacher's parameters."""
+    return MLP(32, 32)
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def probabilities(model: Classifier, images: Tensor) -> Tensor:
+    """(N, 10), in evaluation mode."""
+    training = model.training
+    model.eval()
+    logits, _ = model(images)
+    model.train(training)
+    return logits.softmax(-1)
+
+
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    return (probabilities.argmax(-1) == labels).double().mean().item()

@@ -1,0 +1,111 @@
+"""What a run tells the person who started it: progress while it trains, a table and report.json at the end."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import kdkernels
+from kdtrainer.checkpoint import write_atomically
+from kdtrainer.compare import Deviation
+from kdtrainer.config import Config
+
+MEANINGS = {
+    "ensemble": "mean of the teachers' probabilities",
+    "student": "{few} labels, no distillation",
+    "student-all-labels": "all labels, no distillation",
+    "distilled": "{few} labels, and the teachers' states of the other images",
+    "distilled-reference": "the same, by the reference backend",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One trained model, or the ensemble."""
+
+    name: str
+    parameters: int
+    accuracy: float  # on the test set
+    seconds: float  # of training
+
+
+class ProgressBar:
+    """One line per task."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def task(self, name: str, steps: int) -> Callable[[int, float | None], None]:
+        """What to call with the number of steps done and the last loss, where there is one."""
+        shown = self._progress.add_task(name, total=steps, loss="")
+
+        def update(step: int, loss: float | None) -> None:
+            self._progress.update(shown, completed=step, loss="" if loss is None else f"loss {loss:.4f}")
+
+        return update
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressBar]:
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield ProgressBar(progress)
+
+
+def meaning(row: Row, config: Config) -> str:
+    """What a model was trained on."""
+    if row.name in config.teachers:
+        return "teacher, all labels"
+    return MEANINGS[row.name].format(few=10 * config.labels)
+
+
+def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None) -> None:
+    table = Table(title=f"digits, seed {config.seed}, backend {config.backend}", title_justify="left", box=box.SIMPLE)
+    for name in ("model", "trained on"):
+        table.add_column(name)
+    for name in ("parameters", "test accuracy", "training"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        style = "bold" if row.name == "distilled" else ""
+        cells = (row.name, meaning(row, config), f"{row.parameters:,}", f"{row.accuracy:.1%}", f"{row.seconds:.1f} s")
+        table.add_row(*cells, style=style)
+    console = Console()
+    if not console.is_terminal:  # a pipe or a log has no edge at which to wrap
+        console = Console(width=160)
+    console.print(table)
+    by_name = {row.name: row for row in rows}
+    gain = by_name["distilled"].accuracy - by_name["student"].accuracy
+    console.print(f"Distillation changes the student's accuracy by {100 * gain:+.1f} points.")
+    if found is not None:
+        seconds = by_name["distilled"].seconds, by_name["distilled-reference"].seconds
+        verdict = "within" if found.within_budget else "ABOVE"
+        console.print(
+            f"{config.backend} against reference, over {config.steps} steps: loss deviates by {found.loss:.2g}, "
+            f"final weights by {found.weights:.2g} (relative), {verdict} the budget of {found.budget:g}; "
+            f"{seconds[0]:.1f} s against {seconds[1]:.1f} s"
+        )
+    console.print(f"report.json, metrics.jsonl, loss.png, accuracy.png and checkpoints are in {out}", highlight=False)
+
+
+def write(path: Path, config: Config, rows: Sequence[Row], found: Deviation | None) -> None:
+    """Everything the table says, as JSON, with the versions it was found with."""
+    content = {
+        "config": config.as_json(),
+        "models": [{**dataclasses.asdict(row), "trained_on": meaning(row, config)} for row in rows],
+        "compare": None if found is None else {**dataclasses.asdict(found), "within_budget": found.within_budget},
+        "versions": {"kdkernels": kdkernels.__version__, "torch": torch.__version__},
+    }
+    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")

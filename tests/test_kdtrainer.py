@@ -1,0 +1,393 @@
+"""kdtrainer: its data, checkpoints, resumption and comparison. Runs are short: what is learned is not tested here."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdtrainer import checkpoint, cli, data, metrics, models
+from kdtrainer.compare import deviation
+from kdtrainer.config import TEACHERS, Config
+from kdtrainer.distill import distillation_task, standardised_states
+from kdtrainer.errors import RunError
+
+QUICK = ("--teachers", "mlp,cnn", "--teacher-steps", "6", "--steps", "40", "--checkpoint-every", "4")
+SHORT = (*QUICK, "--backend", "reference")
+SHORT_STEPS = 2 * 6 + 3 * 40
+TASKS = ("mlp", "cnn", "student", "student-all-labels", "distilled")
+
+pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """In-process runs set these; other test files should not notice."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def start(*arguments):
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "kdtrainer", "digits", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def run_here(*arguments):
+    return cli.main(["digits", *map(str, arguments)])
+
+
+def lines_of(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def final_state(out):
+    """Everything that must be the same bits: all tensors of all checkpoints, and the metrics."""
+    checkpoints = {p.stem: checkpoint.read(p) for p in (out / "checkpoints").glob("*.safetensors")}
+    return checkpoints, (out / "metrics.jsonl").read_bytes()
+
+
+def assert_same_bits(ours, theirs):
+    assert ours[0].keys() == theirs[0].keys()
+    for task, tensors in theirs[0].items():
+        assert ours[0][task].keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert torch.equal(ours[0][task][name], value), f"{task}: {name}"
+    assert ours[1] == theirs[1], "metrics.jsonl"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    code, output, errors = finish(start(*SHORT, "--out", out))
+    assert code == 0, errors
+    assert "distilled" in output and "teacher, all labels" in output
+    return out
+
+
+# Data and models
+
+
+def test_the_split_is_fixed_stratified_and_disjoint():
+    a, b = data.load(10, seed=0), data.load(10, seed=1)
+    assert torch.equal(a.train_images, b.train_images) and torch.equal(a.test_labels, b.test_labels)
+    assert len(a.train_images) + len(a.test_images) == 1797 and len(a.test_images) == 540
+    train_share, test_share = (torch.bincount(y, minlength=10) / len(y) for y in (a.train_labels, a.test_labels))
+    assert (train_share - test_share).abs().max() < 0.003
+    train, test = ({tuple(image.tolist()) for image in images} for images in (a.train_images, a.test_images))
+    assert not train & test
+    assert a.train_images.min() == 0 and a.train_images.max() == 1
+
+
+def test_labelled_images_are_as_many_of_each_class_and_drawn_by_the_seed():
+    a, again, b = data.load(7, seed=0), data.load(7, seed=0), data.load(7, seed=1)
+    assert torch.bincount(a.train_labels[a.labelled]).tolist() == [7] * 10
+    assert len(set(a.labelled.tolist())) == 70
+    assert torch.equal(a.labelled, again.labelled) and not torch.equal(a.labelled, b.labelled)
+
+
+def test_teachers_are_of_different_architectures_and_larger_than_the_student():
+    assert set(models.TEACHERS) == set(TEACHERS)
+    built = {name: make() for name, make in models.TEACHERS.items()}
+    kinds = {name: {type(module).__name__ for module in model.modules()} for name, model in built.items()}
+    assert "Conv2d" in kinds["cnn"] and "Conv2d" not in kinds["mlp"] | kinds["transformer"]
+    assert "MultiheadAttention" in kinds["transformer"] and "MultiheadAttention" not in kinds["mlp"] | kinds["cnn"]
+    student = models.parameter_count(models.student())
+    for model in (*built.values(), models.student()):
+        logits, states = model(torch.rand(5, 64))
+        assert logits.shape == (5, 10) and tuple(s.shape for s in states) == tuple((5, w) for w in model.widths)
+    assert all(models.parameter_count(model) > 4 * student for model in built.values())
+
+
+def test_standardised_states():
+    for state in standardised_states(models.RowTransformer(), torch.rand(50, 64)):
+        assert state.mean(0).abs().max() < 1e-5
+        torch.testing.assert_close(state.square().mean(), torch.tensor(1.0))
+
+
+def test_the_distilled_student_learns_from_the_alignment():
+    """The loss says what it is made of, and its gradient reaches the student and the learned projections alone."""
+    digits, config = data.load(2, seed=0), Config(alignment_weight=3.0)
+    teachers = [(name, models.TEACHERS[name]().requires_grad_(False)) for name in TEACHERS]
+    torch.manual_seed(0)
+    task = distillation_task("distilled", models.student(), teachers, digits, config, 1e-3, "reference")
+    losses = task.losses()
+    torch.testing.assert_close(losses["loss"], losses["cross_entropy"] + 3 * losses["alignment"])
+    losses["alignment"].backward()
+    names = {name for name, p in task.trained.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {n for n, _ in task.trained.named_parameters()} - names == {
+        "student.head.weight",
+        "student.head.bias",
+    }
+    assert {name.split(".")[1] for name in names if name.startswith("aligners")} == set(TEACHERS)
+
+
+# Checkpoints
+
+
+def trained_a_little(seed=0):
+    torch.manual_seed(seed)
+    model = models.student()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.rand(4, 64))[0].square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path = tmp_path / "run" / "checkpoints" / "a.safetensors"
+    model, optimizer = trained_a_little()
+    checkpoint.save(path, model, optimizer, Config(seed=3), checkpoint.Progress(3, 77, 1.5))
+    expected_rng = torch.rand(4)
+    other, other_optimizer = trained_a_little(seed=1)
+    checkpoint.restore(path, other, other_optimizer)
+    assert torch.equal(torch.rand(4), expected_rng)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    saved, restored = (o.state_dict()["state"] for o in (optimizer, other_optimizer))
+    assert saved.keys() == restored.keys()
+    for index, state in saved.items():
+        assert state.keys() == restored[index].keys()
+        assert all(torch.equal(value, restored[index][name]) for name, value in state.items())
+    assert checkpoint.progress(path) == checkpoint.Progress(3, 77, 1.5)
+    checkpoint.check_config(path, Config(seed=3))
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, failing):
+    path = tmp_path / "a.safetensors"
+    checkpoint.write_atomically(path, b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    happened = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (happened.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (happened.append("replace"), rename(a, b)))
+    checkpoint.write_atomically(tmp_path / "a", b"x")
+    assert happened[:2] == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{}", os.urandom(64), b"\xff" * 64])
+def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"a\.safetensors is no checkpoint of kdtrainer, or was damaged"):
+        checkpoint.check_config(path, Config())
+
+
+def test_metrics_are_cut_back_to_what_the_checkpoint_vouches_for(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = metrics.MetricsLog(path)
+    log.append({"task": "a", "step": 1})
+    kept = log.sync()
+    log.append({"task": "a", "step": 2})
+    log.close()
+    log = metrics.MetricsLog(path, kept)
+    log.append({"task": "b", "step": 1})
+    log.close()
+    assert metrics.read(path) == {"a": [{"task": "a", "step": 1}], "b": [{"task": "b", "step": 1}]}
+    with pytest.raises(RunError, match="it was changed since"):
+        metrics.MetricsLog(path, 10_000)
+
+
+# Whole runs
+
+
+def test_a_run_reports_everything(uninterrupted):
+    report = json.loads((uninterrupted / "report.json").read_text())
+    assert [row["name"] for row in report["models"]] == ["mlp", "cnn", "ensemble", *TASKS[2:]]
+    assert all(0 <= row["accuracy"] <= 1 and row["parameters"] > 0 for row in report["models"])
+    assert report["config"]["backend"] == "reference" and report["config"]["steps"] == 40
+    for name in ("loss.png", "accuracy.png"):
+        assert (uninterrupted / name).read_bytes().startswith(b"\x89PNG")
+    records = metrics.read(uninterrupted / "metrics.jsonl")
+    assert tuple(records) == TASKS
+    for task, rows in records.items():
+        assert [row["step"] for row in rows] == list(range(1, (6 if task in TEACHERS else 40) + 1))
+        assert "accuracy" in rows[-1]
+
+
+def test_students_start_from_the_same_weights_and_the_same_batch(uninterrupted):
+    records = metrics.read(uninterrupted / "metrics.jsonl")
+    assert records["student"][0]["loss"] == pytest.approx(records["distilled"][0]["cross_entropy"], rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(uninterrupted, tmp_path):
+    for seed in (0, 1):
+        assert run_here(*SHORT, "--out", tmp_path / str(seed), "--seed", seed) == cli.DONE
+    assert_same_bits(final_state(tmp_path / "0"), final_state(uninterrupted))
+    assert final_state(tmp_path / "1")[1] != final_state(uninterrupted)[1]
+
+
+# One kill in the teachers' part, one in the plain students', one in the distillation, each at a random step.
+@pytest.mark.parametrize("least, most", [(1, 11), (13, 90), (95, SHORT_STEPS - 8)])
+def test_killed_at_a_random_moment_and_resumed_gives_the_same_bits(uninterrupted, tmp_path, least, most):
+    moment = random.randint(least, most)
+    process = start(*SHORT, "--out", tmp_path)
+    while lines_of(tmp_path) < moment and process.poll() is None:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    code, _, errors = finish(process)
+    assert code == -signal.SIGKILL, f"it ended before it could be killed at line {moment}: {errors}"
+    assert lines_of(tmp_path) < SHORT_STEPS
+    assert run_here(*SHORT, "--out", tmp_path, "--resume") == cli.DONE
+    assert_same_bits(final_state(tmp_path), final_state(uninterrupted))
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(uninterrupted, tmp_path):
+    process = start(*SHORT, "--out", tmp_path, "--checkpoint-every", 1000)
+    while lines_of(tmp_path) < 60 and process.poll() is None:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGINT)
+    code, _, errors = finish(process)
+    assert code == cli.INTERRUPTED and "interrupted; add --resume" in errors and "Traceback" not in errors
+    stopped = checkpoint.progress(tmp_path / "checkpoints" / "student-all-labels.safetensors").step
+    assert 0 < stopped < 40 and lines_of(tmp_path) == 6 + 6 + 40 + stopped, "the step it stopped at was not saved"
+    assert run_here(*SHORT, "--out", tmp_path, "--resume") == cli.DONE
+    assert_same_bits(final_state(tmp_path), final_state(uninterrupted))
+
+
+def test_resuming_with_another_config_is_refused(uninterrupted, capsys):
+    before = final_state(uninterrupted)
+    changed = ("--out", uninterrupted, "--resume", "--metric", "cosine", "--seed", "5")
+    assert run_here(*SHORT, *changed) == cli.REFUSED
+    errors = capsys.readouterr().err
+    assert "metric was 'mse' and is now 'cosine'" in errors and "seed was 0 and is now 5" in errors
+    assert_same_bits(final_state(uninterrupted), before)
+
+
+def test_every_field_of_the_config_is_guarded(tmp_path):
+    path = tmp_path / "checkpoints" / "a.safetensors"
+    model, optimizer = trained_a_little()
+    checkpoint.save(path, model, optimizer, Config(), checkpoint.Progress(1, 0, 0.0))
+    for name, value in Config().as_json().items():
+        other = ("mlp", "cnn") if name == "teachers" else value + ("x" if isinstance(value, str) else 1)
+        with pytest.raises(RunError, match=f"{name} was .* and is now"):
+            checkpoint.check_config(path, replace(Config(), **{name: other}))
+
+
+# --compare
+
+
+def has_accelerated_backend():
+    point = torch.empty(1, 2)
+    return kd.explain(kd.projection_alignment_loss, point, point).backend != "reference"
+
+
+needs_accelerated = pytest.mark.skipif(not has_accelerated_backend(), reason="only the reference serves here")
+COMPARED = (*QUICK, "--compare")
+
+
+@needs_accelerated
+def test_compare_is_within_budget(tmp_path, capsys):
+    assert run_here(*COMPARED, "--out", tmp_path) == cli.DONE
+    assert "within the budget" in capsys.readouterr().out
+    found = json.loads((tmp_path / "report.json").read_text())["compare"]
+    assert found["within_budget"] and 0 <= found["loss"] <= found["budget"]
+
+
+@needs_accelerated
+def test_compare_fails_under_a_budget_that_rounding_exceeds(tmp_path, capsys):
+    assert run_here(*COMPARED, "--out", tmp_path, "--budget", "0") == cli.OVER_BUDGET
+    assert "ABOVE the budget of 0" in capsys.readouterr().out
+
+
+@needs_accelerated
+def test_compare_fails_when_a_backend_is_wrong(tmp_path, monkeypatch, capsys):
+    right = kd.nn.projection_alignment_loss
+
+    def one_per_mille_off(*arguments, backend, **options):
+        return right(*arguments, backend=backend, **options) * (1 if backend == "reference" else 1.001)
+
+    monkeypatch.setattr(kd.nn, "projection_alignment_loss", one_per_mille_off)
+    assert run_here(*COMPARED, "--out", tmp_path) == cli.OVER_BUDGET
+    assert "ABOVE the budget" in capsys.readouterr().out
+
+
+def test_compare_refuses_to_compare_the_reference_with_itself(tmp_path, capsys):
+    assert run_here(*COMPARED, "--backend", "reference", "--out", tmp_path) == cli.REFUSED
+    assert "--compare has nothing to compare" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_deviation_is_relative_and_over_the_whole_run():
+    w = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    moved = {"a": torch.tensor([3.0, 0.5]), "b": torch.tensor([[4.0]])}
+    found = deviation([2.0, 1.1, 5.0], [2.0, 1.0, 5.0], moved, w, budget=0.1)
+    assert found.loss == pytest.approx(0.1) and found.weights == pytest.approx(0.1)
+    assert deviation([1.0], [1.0], w, w, budget=0.0).within_budget
+    assert not deviation([1.2], [1.0], w, w, budget=0.1).within_budget
+    assert not deviation([1.0], [1.0], moved, w, budget=0.05).within_budget
+    assert not deviation([float("nan")], [1.0], w, w, budget=1.0).within_budget
+
+
+# The command line
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run_here("--help")
+    text = capsys.readouterr().out
+    for option in ("--out", "--resume", "--compare", "--teachers", "--checkpoint-every", "--budget", "--threads"):
+        assert option in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--teachers", "mlp"), "at least two teachers"),
+        (("--teachers", "mlp,mlp"), "each once"),
+        (("--teachers", "mlp,rnn"), "'rnn' is no teacher, must be of mlp, cnn, transformer"),
+        (("--steps", "0"), "0 is too small, must be at least 1"),
+        (("--steps", "many"), "'many' is no number"),
+        (("--budget", "nan"), "too small"),
+        (("--metric", "euclid"), "invalid choice: 'euclid'"),
+        (("--epochs", "3"), "unrecognized arguments"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_here(*arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_once(monkeypatch, capsys):
+    found = cli.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("rich", "safetensors") else found(name))
+    assert run_here() == cli.REFUSED
+    assert capsys.readouterr().err == (
+        "kdtrainer: rich and safetensors must be installed: pip install 'kdkernels[trainer]'\n"
+    )
