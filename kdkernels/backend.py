@@ -25,10 +25,12 @@ def always() -> None:
     return None
 
 
-@torch.compiler.assume_constant_result
+TRITON_INSTALLED = find_spec("triton") is not None  # found, not imported
+
+
 def triton_why_not() -> str | None:
-    """None when Triton is installed (it is not imported to find out), else the reason."""
-    return None if find_spec("triton") is not None else "Triton is not installed"
+    """None when Triton is installed, else the reason."""
+    return None if TRITON_INSTALLED else "Triton is not installed"
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,8 @@ def choose(op: str, requested: str, device: str, dtypes: Iterable[torch.dtype]) 
             _native.module()  # a missing module is raised as the ImportError it is
         raise ValueError(f"backend={wanted!r} cannot serve {op}: {objections[0]}")
     for row in rows:
-        objection = row.objection(device, dtypes)
-        if objection is None:
+        if row.objection(device, dtypes) is None:
             return row
-        if row.backend == "native" and row.devices == (device,) and _native.why_not() is not None:
-            _native.warn_missing()
     raise ValueError(f"no backend serves {op} for {', '.join(map(str, dtypes))} on {device}")
 
 

@@ -182,7 +182,7 @@ def test_mixed_dtypes(kernels: ModuleType) -> None:
     inputs = make_inputs(7)
     operands = [x.to(dtype) for x, dtype in zip(inputs.operands, dtypes, strict=True)]  # type: ignore[union-attr]
     total, grads = torch.tensor(torch.nan), [torch.full_like(x, torch.nan) for x in operands]
-    kernels.loss_and_gradients(operands, None, "cosine", "direct", total, grads)
+    kernels.loss_and_gradients(operands, None, "cosine", "direct", 1, total, grads)
     leaves = [x.double().requires_grad_() for x in operands]
     exact = weighted_losses(*leaves, None, metric="cosine").sum()
     assert total.item() == pytest.approx(exact.item(), rel=1e-6)
@@ -211,7 +211,7 @@ def test_vectors_below_the_clamp(kernels: ModuleType, lengths: tuple[float, floa
     operands = (*points, torch.eye(5), torch.eye(5), None, None)
     grads = [torch.full_like(points[0], torch.nan) for _ in range(2)] + 4 * [torch.empty(0)]
     total = torch.tensor(torch.nan)
-    kernels.loss_and_gradients(operands, None, "cosine", method, total, grads)
+    kernels.loss_and_gradients(operands, None, "cosine", method, 1, total, grads)
     leaves = [x.double().requires_grad_() for x in points]
     units = [x / x.norm(dim=1, keepdim=True).clamp_min(EPS) for x in leaves]
     exact = (1 - (units[0] * units[1]).sum(1)).sum()
@@ -270,7 +270,7 @@ def test_only_the_gradients_asked_for(kernels: ModuleType, frozen: tuple[str, ..
     operands = [x.detach() for x in inputs.operands]  # type: ignore[union-attr]
     grads = [torch.empty(x.shape if need else 0) for x, need in zip(operands, inputs.needs, strict=True)]
     with Recorder() as asked:
-        kernels.loss_and_gradients(operands, None, "cosine", "direct", torch.empty(()), grads)
+        kernels.loss_and_gradients(operands, None, "cosine", "direct", 1, torch.empty(()), grads)
     assert asked.flops == methods.direct_cost(methods.sizes(operands, inputs.needs, "triton", "cosine")).flops
 
 
@@ -281,7 +281,7 @@ def test_nothing_asks_for_a_value(kernels: ModuleType, method: str) -> None:
     operands = [x.detach() for x in inputs.operands]  # type: ignore[union-attr]
     with Recorder() as asked:
         kernels.loss_and_gradients(
-            operands, inputs.weights, "cosine", method, torch.empty(()), [torch.empty_like(x) for x in operands]
+            operands, inputs.weights, "cosine", method, 1, torch.empty(()), [torch.empty_like(x) for x in operands]
         )
     assert asked.names
     assert not asked.names & {"_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "is_nonzero"}

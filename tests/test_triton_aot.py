@@ -68,7 +68,7 @@ def projection_alignment() -> None:
             torch.empty(0) if x is None or i not in needs else torch.empty(x.shape, dtype=x.dtype)
             for i, x in enumerate(operands)
         ]
-        module.loss_and_gradients(operands, w, metric, method, torch.empty(()), grads)
+        module.loss_and_gradients(operands, w, metric, method, 1, torch.empty(()), grads)
 
     bf16, fp16 = torch.bfloat16, torch.float16
     launch("direct", "cosine", 4096, 8, 8, bias=True, weights=True)

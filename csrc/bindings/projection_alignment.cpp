@@ -17,8 +17,9 @@ Metric parse_metric(const std::string& name) {
   throw py::value_error("metric is '" + name + "', but must be cosine, mse or angular");
 }
 
-Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeView& weights, const MaybeView& losses,
-                         const MaybeView& total, const std::string& metric, const std::string& accumulate) {
+Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeView& weights, double divisor,
+                         const MaybeView& losses, const MaybeView& total, const std::string& metric,
+                         const std::string& accumulate) {
   static constexpr const char* names[] = {"student",      "teacher",      "student_proj",
                                           "teacher_proj", "student_bias", "teacher_bias"};
   Alignment p;
@@ -44,6 +45,7 @@ Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeV
       throw py::value_error(std::string(names[x]) + " has no projection, so it has no bias and no gradient of either");
   }
   p.weights = or_absent(weights);
+  p.divisor = divisor;
   p.losses = or_absent(losses);
   p.total = or_absent(total);
   check_shape("weights", p.weights, p.N, 1);
@@ -74,22 +76,22 @@ Grams make_grams(const Alignment& p, const View& factor, const MaybeView& teache
 void bind_projection_alignment(py::module_& m) {
   m.def(
       "projection_alignment_direct",
-      [](const Six& operands, const Six& gradients, const MaybeView& weights, const MaybeView& losses,
+      [](const Six& operands, const Six& gradients, const MaybeView& weights, double divisor, const MaybeView& losses,
          const MaybeView& total, const std::string& metric, const std::string& accumulate, int threads) {
         check_threads(threads);
-        const Alignment p = make_alignment(operands, gradients, weights, losses, total, metric, accumulate);
+        const Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
         kernels.direct(p, threads);
       },
-      py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("losses"), py::arg("total"),
-      py::arg("metric"), py::arg("accumulate"), py::arg("threads"));
+      py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("divisor"), py::arg("losses"),
+      py::arg("total"), py::arg("metric"), py::arg("accumulate"), py::arg("threads"));
 
   m.def(
       "projection_alignment_factor",
       [](const Six& operands, const View& factor, const std::string& accumulate, int threads) {
         check_threads(threads);
-        const Alignment p = make_alignment(operands, {}, {}, {}, {}, "cosine", accumulate);
+        const Alignment p = make_alignment(operands, {}, {}, 1, {}, {}, "cosine", accumulate);
         const Grams grams = make_grams(p, factor, {}, false);
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
@@ -98,20 +100,32 @@ void bind_projection_alignment(py::module_& m) {
       py::arg("operands"), py::arg("factor"), py::arg("accumulate"), py::arg("threads"));
 
   m.def(
+      "fingerprint",
+      [](const View& view, int threads) {
+        check_threads(threads);
+        if (view.col_stride != 1 && view.cols > 1) throw py::value_error("the rows must be contiguous");
+        const int64_t size = view.dtype == DType::float64 ? 8 : view.dtype == DType::float32 ? 4 : 2;
+        const auto& kernels = *current_isa().projection_alignment;
+        py::gil_scoped_release release;
+        return kernels.fingerprint(view.data, view.rows, view.cols * size, view.row_stride * size, threads);
+      },
+      py::arg("view"), py::arg("threads"));
+
+  m.def(
       "projection_alignment_gram",
-      [](const Six& operands, const Six& gradients, const MaybeView& weights, const MaybeView& losses,
+      [](const Six& operands, const Six& gradients, const MaybeView& weights, double divisor, const MaybeView& losses,
          const MaybeView& total, const std::string& metric, const std::string& accumulate, const View& factor,
          const MaybeView& teacher_tails, bool tails_known, int threads) {
         check_threads(threads);
-        const Alignment p = make_alignment(operands, gradients, weights, losses, total, metric, accumulate);
+        const Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
         const Grams grams = make_grams(p, factor, teacher_tails, tails_known);
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
         kernels.gram(p, grams, threads);
       },
-      py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("losses"), py::arg("total"),
-      py::arg("metric"), py::arg("accumulate"), py::arg("factor"), py::arg("teacher_tails"), py::arg("tails_known"),
-      py::arg("threads"));
+      py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("divisor"), py::arg("losses"),
+      py::arg("total"), py::arg("metric"), py::arg("accumulate"), py::arg("factor"), py::arg("teacher_tails"),
+      py::arg("tails_known"), py::arg("threads"));
 }
 
 }  // namespace kd

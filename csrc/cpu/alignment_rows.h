@@ -70,7 +70,8 @@ inline double squared_distance(const T* x, const T* y, int64_t n) {
 template <class T>
 class Points {
  public:
-  Points(const View& weights, int64_t N) : count(N), weights_(static_cast<const T*>(weights.data)) {
+  Points(const View& weights, double divisor, int64_t N)
+      : count(N), weights_(static_cast<const T*>(weights.data)), scale_(1 / divisor) {
     if (!weights_) return;
     stride_ = weights.row_stride;
     index_ = Buffer<int64_t>(N);
@@ -79,13 +80,14 @@ class Points {
       if (weights_[i * stride_] != 0) index_[count++] = i;
   }
   int64_t row(int64_t i) const { return weights_ ? index_[i] : i; }
-  double weight(int64_t i) const { return weights_ ? weights_[index_[i] * stride_] : 1; }
+  double weight(int64_t i) const { return weights_ ? scale_ * weights_[index_[i] * stride_] : scale_; }
   bool all(int64_t N) const { return count == N; }
 
   int64_t count;
 
  private:
   const T* weights_;
+  double scale_;
   int64_t stride_ = 0;
   Buffer<int64_t> index_;
 };

@@ -133,6 +133,7 @@ void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T>
         for (int64_t j = 0; j < N; ++j) C[i * ldc + j] = T{};
     return;
   }
+  threads = useful_threads(threads, M * N * K);
   // Panels of A are made a little smaller where that gives every thread the same number of them.
   const int64_t rounds = ceil_div(M, threads * Tile<T>::panel_rows);
   const int64_t panel_rows = round_up(ceil_div(M, threads * rounds), rows);

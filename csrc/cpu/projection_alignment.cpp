@@ -2,6 +2,7 @@
 
 #include "alignment_rows.h"
 #include "cholesky.h"
+#include "fingerprint.h"
 #include "gemm.h"
 
 namespace kd::KD_ISA {
@@ -18,8 +19,8 @@ template <class T>
 struct Walk {
   Walk(const Alignment& alignment, int64_t rows, int thread_count)
       : p(alignment),
-        threads(thread_count),
-        points(p.weights, p.N),
+        threads(useful_threads(thread_count, p.N * p.D * (p.sides[0].points.cols + p.sides[1].points.cols))),
+        points(p.weights, p.divisor, p.N),
         block(min(rows, max<int64_t>(points.count, 1))),
         x{{p.sides[0].points, points, block}, {p.sides[1].points, points, block}},
         wants{Wants(p.sides[0]), Wants(p.sides[1])},
@@ -112,11 +113,12 @@ PointGradient compare(Metric metric, int64_t D, int64_t n, const T* z_s, const T
 }
 
 template <class T>
-void direct(const Alignment& p, int threads) {
+void direct(const Alignment& p, int available_threads) {
   const int64_t D = p.D;
   // Blocks of about 16 MB a side: large enough that packing the weights again for each is cheap.
   Walk<T> walk(p, round_up(min<int64_t>(max<int64_t>((int64_t{4} << 20) / max<int64_t>(D, 1), 128), 2048), 64),
-               threads);
+               available_threads);
+  const int threads = walk.threads;
   struct Side {
     Buffer<T> z, dx;
     Buffer<double> bias_sum;
@@ -265,10 +267,11 @@ class Moments {
 
 // y_s = R_ss s has d_s coordinates, y_t = (R_st t, R_tt t) has K: the head, which y_s meets, and a tail.
 template <class T>
-void gram(const Alignment& p, const Grams& grams, int threads) {
+void gram(const Alignment& p, const Grams& grams, int available_threads) {
   const Blocks b(p);
   const int64_t d_s = b.width[0], d_t = b.width[1], K = b.K;
-  Walk<T> walk(p, 1024, threads);
+  Walk<T> walk(p, 1024, available_threads);
+  const int threads = walk.threads;
   Moments<T> moments(walk, b);
   const Operand<T> R_s = operand(static_cast<const T*>(grams.factor.data), K);
   const Operand<T> R_t = operand(static_cast<const T*>(grams.factor.data) + d_s, K);
@@ -316,6 +319,7 @@ const ProjectionAlignmentKernels projection_alignment = {
     [](const Alignment& p, const Grams& g, int threads) {
       return in_type(p.accumulate, [&]<class T>(T) { return factor<T>(p, g, threads); });
     },
+    fingerprint,
     [](const Alignment& p, const Grams& g, int threads) {
       in_type(p.accumulate, [&]<class T>(T) { gram<T>(p, g, threads); });
     },

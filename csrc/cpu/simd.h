@@ -114,6 +114,11 @@ class Buffer {
   T* data_ = nullptr;
 };
 
+// As many threads as the work is worth: waking one costs about half a million multiply-adds.
+inline int useful_threads(int threads, int64_t multiply_adds) {
+  return static_cast<int>(min<int64_t>(threads, 1 + multiply_adds / 500'000));
+}
+
 // f(index, worker) for index in [0, count).
 template <class F>
 inline void parallel_for(int threads, int64_t count, const F& f) {

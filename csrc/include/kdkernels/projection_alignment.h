@@ -6,7 +6,7 @@
 //   mse      (a − 2b + c)/D                     ∂a, ∂b, ∂c = 1/D, −2/D, 1/D
 //   cosine   1 − cos                            ∂a, ∂b, ∂c = cos/(2a), −1/√(ac), cos/(2c)
 //   angular  acos(clamp(cos, ±(1 − 1e-7)))      cosine's row times 1/√(1 − cos²); 0 where the clamp is active
-// and ∂L/∂z_s = 2∂a·z_s + ∂b·z_t, ∂L/∂z_t = ∂b·z_s + 2∂c·z_t. The total is L = Σ weight_i · loss_i.
+// and ∂L/∂z_s = 2∂a·z_s + ∂b·z_t, ∂L/∂z_t = ∂b·z_s + 2∂c·z_t. The total is L = Σ weight_i · loss_i / divisor.
 #pragma once
 
 #include "../../common/tensor.h"
@@ -27,6 +27,7 @@ struct AlignmentSide {
 struct Alignment {
   AlignmentSide sides[2];  // student, teacher
   View weights;            // (N, 1) in the accumulation dtype, or absent; weight 0 means "no such point"
+  double divisor = 1;      // of every weight
   Metric metric = Metric::cosine;
   int64_t N = 0, D = 0;
   DType accumulate = DType::float32;  // float32 or float64
@@ -48,6 +49,8 @@ struct ProjectionAlignmentKernels {
   // Fill `factor`. Returns the smallest squared pivot relative to G's diagonal, an estimate of 1/condition; 0 when G
   // is not positive definite (the factor is then incomplete).
   double (*factor)(const Alignment&, const Grams&, int threads);
+  // Of a matrix's bytes: rows of `row_bytes`, `stride_bytes` apart. Tells whether frozen projections still are.
+  uint64_t (*fingerprint)(const void* data, int64_t rows, int64_t row_bytes, int64_t stride_bytes, int threads);
   // The same numbers as direct from K dimensions in place of D. Both sides have a projection and no bias.
   void (*gram)(const Alignment&, const Grams&, int threads);
 };

@@ -1,13 +1,14 @@
 """`projection_alignment_loss`: the documented function, its checks and its choice of implementation."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import Contract, check_choice
+from kdkernels.contract import Contract, check_choice, check_tensor
 from kdkernels.ops.projection_alignment import method as methods
 from kdkernels.ops.projection_alignment import reference, schema
 
@@ -79,14 +80,16 @@ def projection_alignment_loss(
     )  # fmt: skip
     if call.backend.backend == "reference":
         losses = reference.weighted_losses(*call.operands, call.weights, metric=metric)
-        return losses.reshape(call.leading) if reduction == "none" else losses.sum() / call.divisor
+        if reduction == "none":
+            return losses.reshape(call.leading)
+        return losses.sum() / (call.divisor if call.late_divisor is None else call.late_divisor)
     if reduction == "none":
         points = schema.projection_alignment_points(*call.operands, call.weights, metric, method, call.backend.backend)
         return points.reshape(call.leading)
     total, *_ = schema.projection_alignment(
-        *call.operands, call.weights, metric, method, call.needs, call.backend.backend
+        *call.operands, call.weights, metric, method, call.needs, call.backend.backend, call.divisor
     )
-    return total / call.divisor
+    return total if call.late_divisor is None else total / call.late_divisor
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class _Call:
 
     operands: tuple[Tensor | None, ...]
     weights: Tensor | None  # (N,)
-    divisor: Any  # what `total` is divided by
+    divisor: int  # of every point
+    late_divisor: Tensor | int | None  # of the total
     leading: tuple[int, ...]
     needs: list[bool]
     backend: backends.Implementation
@@ -120,6 +124,8 @@ def _prepare(
     for side, bias, proj in (("student", student_bias, student_proj), ("teacher", teacher_bias, teacher_proj)):
         if bias is not None and proj is None:
             raise ValueError(f"{side}_bias was given, but {side}_proj was not: a bias goes with a projection")
+    check_tensor("student", student)
+    check_tensor("teacher", teacher)
     weights = _as_weights(weights)
     operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
     unprojected = {letter: "D" for letter, proj in (("d_s", student_proj), ("d_t", teacher_proj)) if proj is None}
@@ -129,14 +135,25 @@ def _prepare(
     chosen = backends.choose(OP, backend, student.device.type, {x.dtype for x in present})
 
     s, t, *rest = operands
-    s, t = s.reshape(-1, s.shape[-1]), t.reshape(-1, t.shape[-1])
-    dtype = reference.accumulation_dtype(*operands[:4])
+    N = prod(sizes["..."])
+    s, t = s.reshape(N, s.shape[-1]), t.reshape(N, t.shape[-1])
     if weights is not None:
-        weights = weights.reshape(-1).to(dtype)
+        weights = weights.reshape(N).to(reference.accumulation_dtype(*operands[:4]))
+    divisor, late_divisor = 1, None
+    if reduction == "mean":
+        # The mean's division goes into the points, so that gradients need no second pass; but float16 gradients would
+        # lose small numbers before a gradient scaler has seen them.
+        if any(x.dtype is torch.float16 for x in present):
+            late_divisor = max(N, 1) if weights is None else _nonzero(weights.sum())
+        elif weights is None:
+            divisor = max(N, 1)
+        else:
+            weights = weights / _nonzero(weights.sum())
     return _Call(
         operands=(s, t, *rest),
         weights=weights,
-        divisor=_divisor(weights, s.shape[0]) if reduction == "mean" else 1,
+        divisor=divisor,
+        late_divisor=late_divisor,
         leading=sizes["..."],
         needs=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands],
         backend=chosen,
@@ -157,11 +174,8 @@ def _as_weights(weights: Tensor | None) -> Tensor | None:
     return weights if weights.is_floating_point() else weights.to(torch.float32)
 
 
-def _divisor(weights: Tensor | None, points: int) -> Any:
-    """The sum of the weights, or 1 where nothing counts and the total is 0 already."""
-    if weights is None:
-        return max(points, 1)
-    total = weights.sum()
+def _nonzero(total: Tensor) -> Tensor:
+    """The sum of the weights, or 1 where nothing counts and the loss is 0 already."""
     return torch.where(total == 0, torch.ones_like(total), total)
 
 

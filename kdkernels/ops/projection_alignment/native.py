@@ -25,20 +25,33 @@ WELL_CONDITIONED = {
     (torch.float64, False): 1e-9,
 }  # by accumulation dtype and whether the metric is mse
 
-derived = Derived()
+
+def _fingerprint(x: Tensor) -> int:
+    x = x if x.dim() < 2 or x.stride(-1) == 1 else x.contiguous()
+    rows = x if x.dim() == 2 else x.contiguous()[None]  # a bias is one row
+    return _native.module().fingerprint(_view(rows), torch.get_num_threads())
+
+
+derived = Derived(_fingerprint)
 
 
 def loss_and_gradients(
-    operands: Operands, weights: Tensor | None, metric: str, method: str, total: Tensor, grads: Sequence[Tensor]
+    operands: Operands,
+    weights: Tensor | None,
+    metric: str,
+    method: str,
+    divisor: int,
+    total: Tensor,
+    grads: Sequence[Tensor],
 ) -> None:
     """Fill `total` and each gradient that has room (see `schema.projection_alignment`)."""
     wanted = [g if x is not None and g.shape == x.shape else None for g, x in zip(grads, operands, strict=True)]
-    _run(operands, wanted, weights, metric, method, total=total, losses=None)
+    _run(operands, wanted, weights, metric, method, divisor, total=total, losses=None)
 
 
 def losses(operands: Operands, weights: Tensor | None, metric: str, method: str, losses: Tensor) -> None:
     """Fill `losses` (N,) with weights · loss."""
-    _run(operands, [None] * 6, weights, metric, method, total=None, losses=losses)
+    _run(operands, [None] * 6, weights, metric, method, 1, total=None, losses=losses)
 
 
 def _run(
@@ -47,12 +60,13 @@ def _run(
     weights: Tensor | None,
     metric: str,
     method: str,
+    divisor: int,
     total: Tensor | None,
     losses: Tensor | None,
 ) -> None:
     accumulate = (losses if total is None else total).dtype  # type: ignore[union-attr]
     chosen = methods.choose(method, methods.sizes(operands, [g is not None for g in grads], "native", metric))[0]
-    arguments = (weights, losses, total, metric, accumulate)
+    arguments = (weights, divisor, losses, total, metric, accumulate)
     if chosen == "gram" and _run_gram(operands, grads, *arguments):
         return
     _native.module().projection_alignment_direct(
@@ -64,6 +78,7 @@ def _run_gram(
     operands: Operands,
     grads: Sequence[Tensor | None],
     weights: Tensor | None,
+    divisor: int,
     losses: Tensor | None,
     total: Tensor | None,
     metric: str,
@@ -78,7 +93,7 @@ def _run_gram(
     _native.module().projection_alignment_gram(
         [_view(x) for x in augmented],
         [_view(g) for g in augmented_grads],
-        *_common(weights, losses, total, metric, accumulate),
+        *_common(weights, divisor, losses, total, metric, accumulate),
         _view(factor),
         _view(tails),
         tails_known,
@@ -133,12 +148,13 @@ def _biases_as_columns(
         if x is None or weight is None or bias is None:
             continue
         augmented[side] = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
-        augmented[2 + side] = torch.cat([weight, bias[:, None].to(weight.dtype)], dim=1)
+        dtype = torch.promote_types(weight.dtype, bias.dtype)
+        augmented[2 + side] = torch.cat([weight.to(dtype), bias[:, None].to(dtype)], dim=1)
         augmented[4 + side] = room[4 + side] = None
         if grads[side] is not None:
             room[side] = x.new_empty(x.shape[0], x.shape[1] + 1)
         if grads[2 + side] is not None or grads[4 + side] is not None:
-            room[2 + side] = weight.new_empty(weight.shape[0], weight.shape[1] + 1)
+            room[2 + side] = weight.new_empty(weight.shape[0], weight.shape[1] + 1, dtype=dtype)
     return augmented, room
 
 
@@ -156,9 +172,14 @@ def _split_columns(operands: Operands, grads: Sequence[Tensor | None], room: Seq
 
 
 def _common(
-    weights: Tensor | None, losses: Tensor | None, total: Tensor | None, metric: str, accumulate: torch.dtype
+    weights: Tensor | None,
+    divisor: int,
+    losses: Tensor | None,
+    total: Tensor | None,
+    metric: str,
+    accumulate: torch.dtype,
 ) -> tuple[object, ...]:
-    return _view(weights), _view(losses), _view(total), metric, _name(accumulate)
+    return _view(weights), divisor, _view(losses), _view(total), metric, _name(accumulate)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -71,10 +71,11 @@ def weighted_losses(
     """
     dtype = accumulation_dtype(student, teacher, student_proj, teacher_proj)
     operands = [student, teacher, student_proj, teacher_proj, student_bias, teacher_bias]
-    s, t, *rest = (None if x is None else x.to(dtype) for x in operands)
-    if weights is None:
-        return eager_losses(s, t, *rest, metric=metric)
-    counts = weights != 0
-    s, t = (torch.where(counts[:, None], x, 0) for x in (s, t))
-    losses = eager_losses(s, t, *rest, metric=metric)
-    return torch.where(counts, losses * weights.to(dtype), 0)
+    with torch.autocast(student.device.type, enabled=False):  # the operands were cast before
+        s, t, *rest = (None if x is None else x.to(dtype) for x in operands)
+        if weights is None:
+            return eager_losses(s, t, *rest, metric=metric)
+        counts = weights != 0
+        s, t = (torch.where(counts[:, None], x, 0) for x in (s, t))
+        losses = eager_losses(s, t, *rest, metric=metric)
+        return torch.where(counts, losses * weights.to(dtype), 0)

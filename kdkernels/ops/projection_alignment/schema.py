@@ -1,6 +1,6 @@
 """The operators as torch.library sees them: schema, shapes without data, autograd.
 
-Both compute L = Σ_i weights_i · loss_i over flattened points. The reduced operator returns L together with the
+Both work on flattened points. The reduced operator returns L = Σ_i weights_i · loss_i / divisor together with the
 gradients that were asked for: they cost least while a block's projections are in cache, and backward then only
 scales them by the incoming scalar, on the device. The pointwise operator (reduction="none") returns the losses alone,
 and its backward is the reduced operator with the incoming gradient as weights.
@@ -36,17 +36,18 @@ def projection_alignment(
     method: str,
     needs: list[bool],
     backend: str,
+    divisor: int,
 ) -> Outputs:
-    """Σ_i weights_i · loss_i and its gradients in the order of `NAMES`; those not in `needs` come back empty."""
+    """Σ_i weights_i · loss_i / divisor and its gradients in the order of `NAMES`; those not in `needs` are empty."""
     operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
     total = student.new_empty((), dtype=accumulation_dtype(*operands[:4]))
     grads = [_grad_like(x, need) for x, need in zip(operands, needs, strict=True)]
-    _implementation(backend).loss_and_gradients(operands, weights, metric, method, total, grads)
+    _implementation(backend).loss_and_gradients(operands, weights, metric, method, divisor, total, grads)
     return total, *grads
 
 
 @projection_alignment.register_fake
-def _(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights, metric, method, needs, backend):  # type: ignore[no-untyped-def]  # noqa: E501
+def _(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights, metric, method, needs, backend, divisor):  # type: ignore[no-untyped-def]  # noqa: E501
     operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
     total = student.new_empty((), dtype=accumulation_dtype(*operands[:4]))
     return total, *(_grad_like(x, need) for x, need in zip(operands, needs, strict=True))
@@ -98,9 +99,20 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: Tensor | None) -> tuple[Any, ...]:
     if any(g is not None for g in grads_of_gradients):
         raise RuntimeError(TWICE)
-    wanted = zip(ctx.saved_tensors, ctx.needs, strict=True)
-    scaled = [g * grad_total if need and grad_total is not None else None for g, need in wanted]
-    return *scaled, None, None, None, None, None
+    grads = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    if grad_total is None:
+        grads = [None] * len(grads)
+    elif not _is_one(grad_total):
+        grads = [None if g is None else g * grad_total for g in grads]
+    return *grads, None, None, None, None, None, None
+
+
+def _is_one(x: Tensor) -> bool:
+    """Whether a scalar on the CPU is 1, as in `loss.backward()`: gradients then pass without a copy of their size.
+
+    A tensor that only stands for one (while tracing) or lives on a device is not asked.
+    """
+    return type(x) is Tensor and x.device.type == "cpu" and x.item() == 1
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -112,7 +124,7 @@ def _weigh_points(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
     *operands, weights = ctx.saved_tensors
     weights = grad_losses if weights is None else torch.where(weights != 0, grad_losses * weights, 0)
     needs = list(ctx.needs_input_grad[:6])
-    _, *grads = projection_alignment(*operands, weights, ctx.metric, ctx.method, needs, ctx.backend)
+    _, *grads = projection_alignment(*operands, weights, ctx.metric, ctx.method, needs, ctx.backend, 1)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
 
 

@@ -77,12 +77,12 @@ def _store(ptr, row_offsets, cols, row_mask, D, counts, x):
 
 
 @triton.jit
-def _weights(w_ptr, rows, stride_w, row_mask):
-    """Each row's weight, and whether the row exists at all."""
+def _weights(w_ptr, scale, rows, stride_w, row_mask):
+    """Each row's weight times the scale, and whether the row exists at all."""
     w = tl.where(row_mask, 1.0, 0.0)
     if w_ptr is not None:
         w = tl.load(w_ptr + rows * stride_w, mask=row_mask, other=0.0)
-    return w, w != 0
+    return w * scale, w != 0
 
 
 @triton.jit
@@ -117,6 +117,7 @@ def projection_alignment_direct_kernel(
     z_s_ptr, z_t_ptr,  # (N, D), any strides
     bias_s_ptr, bias_t_ptr,  # (D,) or None
     w_ptr,  # (N,) or None
+    scale,  # of every weight
     losses_ptr,  # (N,)
     dz_s_ptr, dz_t_ptr,  # (N, D) or None; may be z_s, z_t themselves
     N,
@@ -125,7 +126,7 @@ def projection_alignment_direct_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
-    w, counts = _weights(w_ptr, rows, stride_w, row_mask)
+    w, counts = _weights(w_ptr, scale, rows, stride_w, row_mask)
     s_rows, t_rows = rows * stride_sn, rows * stride_tn
 
     # mse is the same formula with lengths left as they are: e = z_s − z_t, |cos| = 1
@@ -193,6 +194,7 @@ def projection_alignment_gram_kernel(
     s_ptr, u_ptr, v_ptr,  # (N, K_s): points, s G_ss, t G_stᵀ
     t_ptr, c_ptr, x_ptr,  # (N, K_t): points, t G_tt, s G_st or None
     w_ptr,  # (N,) or None
+    scale,  # of every weight
     losses_ptr,  # (N,)
     ds_ptr, dt_ptr,  # (N, d_s), (N, d_t) or None: a bias adds a column to K, not to d
     N,
@@ -203,7 +205,7 @@ def projection_alignment_gram_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
-    w, counts = _weights(w_ptr, rows, stride_w, row_mask)
+    w, counts = _weights(w_ptr, scale, rows, stride_w, row_mask)
     s_rows, t_rows = rows * stride_sn, rows * stride_tn
 
     aa = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
@@ -255,20 +257,26 @@ def projection_alignment_gram_kernel(
 
 
 def loss_and_gradients(
-    operands: Operands, weights: Tensor | None, metric: str, method: str, total: Tensor, grads: Sequence[Tensor]
+    operands: Operands,
+    weights: Tensor | None,
+    metric: str,
+    method: str,
+    divisor: int,
+    total: Tensor,
+    grads: Sequence[Tensor],
 ) -> None:
-    """Fill `total` with Σ_i weights_i · loss_i and each non-empty tensor of `grads` with its gradient."""
+    """Fill `total` with Σ_i weights_i · loss_i / divisor and each non-empty tensor of `grads` with its gradient."""
     student = operands[0]
     assert student is not None
     losses = student.new_empty(student.shape[0], dtype=torch.float32)
     wanted = [g if x is not None and g.numel() else None for x, g in zip(operands, grads, strict=True)]
-    _run(operands, weights, metric, method, losses, wanted)
+    _run(operands, weights, metric, method, 1 / divisor, losses, wanted)
     torch.sum(losses, 0, out=total)
 
 
 def losses(operands: Operands, weights: Tensor | None, metric: str, method: str, losses: Tensor) -> None:
     """Fill `losses` (N,) with weights_i · loss_i."""
-    _run(operands, weights, metric, method, losses, [None] * 6)
+    _run(operands, weights, metric, method, 1.0, losses, [None] * 6)
 
 
 def _run(
@@ -276,6 +284,7 @@ def _run(
     weights: Tensor | None,
     metric: str,
     method: str,
+    scale: float,
     losses: Tensor,
     grads: Operands,
 ) -> None:
@@ -283,7 +292,7 @@ def _run(
     run = _gram if methods.choose(method, sizes)[0] == "gram" else _direct
     # the operands' dtypes were settled before: autocast must not round the float32 matmuls in here
     with torch.cuda.device_of(losses), torch.autocast(losses.device.type, enabled=False):
-        run(operands, weights, metric, losses, grads)
+        run(operands, weights, metric, scale, losses, grads)
 
 
 class _Side:
@@ -345,7 +354,9 @@ class _Side:
                 grad.copy_(total)
 
 
-def _direct(operands: Operands, weights: Tensor | None, metric: str, losses: Tensor, grads: Operands) -> None:
+def _direct(
+    operands: Operands, weights: Tensor | None, metric: str, scale: float, losses: Tensor, grads: Operands
+) -> None:
     s, t = _Side(operands[0::2], grads[0::2]), _Side(operands[1::2], grads[1::2])
     N = losses.shape[0]
     rows = _rows_per_block(N, s.row_bytes + t.row_bytes)
@@ -358,7 +369,7 @@ def _direct(operands: Operands, weights: Tensor | None, metric: str, losses: Ten
         s.project(block, w)
         t.project(block, w)
         projection_alignment_direct_kernel[(triton.cdiv(len(s.z), tile.BLOCK_N),)](
-            s.z, t.z, s.bias, t.bias, w, losses[block], s.dz, t.dz, len(s.z),
+            s.z, t.z, s.bias, t.bias, w, scale, losses[block], s.dz, t.dz, len(s.z),
             *s.z.stride(), *t.z.stride(), _stride(s.bias), _stride(t.bias), _stride(w), _stride(s.dz), _stride(t.dz),
             D=s.D, METRIC=metric, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, num_warps=tile.num_warps,
         )  # fmt: skip
@@ -368,7 +379,9 @@ def _direct(operands: Operands, weights: Tensor | None, metric: str, losses: Ten
     t.finish()
 
 
-def _gram(operands: Operands, weights: Tensor | None, metric: str, losses: Tensor, grads: Operands) -> None:
+def _gram(
+    operands: Operands, weights: Tensor | None, metric: str, scale: float, losses: Tensor, grads: Operands
+) -> None:
     s, W_s, bias_s = operands[0::2]
     t, W_t, bias_t = operands[1::2]
     grad_s, grad_W_s, grad_bias_s = grads[0::2]
@@ -397,7 +410,7 @@ def _gram(operands: Operands, weights: Tensor | None, metric: str, losses: Tenso
         c = t_block @ G_tt  # (n, K_t)
         x = None if grad_t is None else s_block @ G_st  # (n, K_t)
         projection_alignment_gram_kernel[(triton.cdiv(n, tile.BLOCK_N),)](
-            s_block, u, v, t_block, c, x, w, losses[block],
+            s_block, u, v, t_block, c, x, w, scale, losses[block],
             None if grad_s is None else grad_s[block], None if grad_t is None else grad_t[block],
             n, *s_block.stride(), *t_block.stride(), _stride(w),
             K_s=K_s, K_t=K_t, d_s=s.shape[1], d_t=t.shape[1],

@@ -1,0 +1,28 @@
+"""`python -m kdkernels`: doctor says what is here, validate whether it is right, bench how fast it is."""
+
+import argparse
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "doctor": "what is installed, which backend each operator will use and why, and a self-check",
+    "validate": "every operator, backend, method and dtype against float64",
+    "bench": "the microbenchmarks: medians, ratios, achieved rates, peak memory",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m kdkernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary in COMMANDS.items():
+        module = import_module(f"kdkernels.cli.{name}")
+        subparser = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

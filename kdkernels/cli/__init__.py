@@ -1,0 +1,1 @@
+"""`python -m kdkernels doctor | validate | bench`."""

@@ -1,0 +1,175 @@
+"""Say what is installed, what each operator will run on here and why, and check that it computes.
+
+Always prints, whatever is broken. Exit code 1 when the self-check fails.
+"""
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from kdkernels import _native, backend, projection_alignment_loss
+from kdkernels.cli.machine import machine
+from kdkernels.cli.table import print_table
+from kdkernels.ops.projection_alignment.reference import METRICS
+
+DEVICES = ("cpu", "cuda")
+TOLERANCE = 1e-4  # a self-check finds a broken installation; `validate` holds kernels to their error budgets
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `doctor`."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Examine, print, and return the exit code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a missing compiled module has its own section here
+        report = {
+            "machine": attempt(machine),
+            "native": attempt(native_module),
+            "backends": attempt(backends),
+            "self_check": attempt(self_check),
+        }
+    report["ok"] = not failed(report["self_check"]) and all(check["ok"] for check in report["self_check"])
+    print(json.dumps(report, indent=1)) if arguments.json else show(report)
+    return 0 if report["ok"] else 1
+
+
+def attempt(section: Callable[[], Any]) -> Any:
+    """The section, or what kept it from being written: a doctor must not die of the illness."""
+    try:
+        return section()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def failed(section: Any) -> bool:
+    """Whether `attempt` caught something."""
+    return isinstance(section, dict) and "failed" in section
+
+
+def native_module() -> dict[str, Any]:
+    """The compiled module: its file, the instruction sets it has for this CPU, and the one it uses."""
+    reason = _native.why_not()
+    forced = os.environ.get("KDKERNELS_ISA")
+    if reason is not None:
+        return {"loaded": False, "reason": reason, "mend": _native.HOW_TO_MEND, "KDKERNELS_ISA": forced}
+    module = _native.module()
+    return {
+        "loaded": True,
+        "file": module.__file__,
+        "isa": module.isa(),
+        "isas": list(module.isas()),
+        "KDKERNELS_ISA": forced,
+    }
+
+
+def backends() -> list[dict[str, Any]]:
+    """For each operator, device and dtype: the backend that `auto` takes, and why not another."""
+    rows: list[dict[str, Any]] = []
+    for op in sorted({row.op for row in backend.TABLE}):
+        for device in DEVICES:
+            if device == "cuda" and not torch.cuda.is_available():
+                rows.append({"op": op, "device": device, "dtype": "any", "backend": None, "why": "no CUDA device"})
+                continue
+            for dtype in backend.ANY_DTYPE:
+                rows.append({"op": op, "device": device, "dtype": str(dtype).removeprefix("torch.")})
+                chosen = backend.choose(op, "auto", device, [dtype])
+                reasons = backend.passed_over(op, chosen, device, [dtype])
+                why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+                rows[-1] |= {"backend": chosen.backend, "methods": list(chosen.methods), "why": why}
+    return rows
+
+
+def self_check() -> list[dict[str, Any]]:
+    """Loss and gradient on every backend that is available, against the reference in float64."""
+    devices = [d for d in DEVICES if d == "cpu" or torch.cuda.is_available()]
+    rows = []
+    for device in devices:
+        for row in backend.TABLE:
+            if row.objection(device, [torch.float32]) is None:
+                for method in row.methods:
+                    result = attempt(partial(largest_error, row.backend, method, device))
+                    where = {"op": row.op, "backend": row.backend, "method": method, "device": device}
+                    ok = not failed(result) and result < TOLERANCE
+                    rows.append(where | {"ok": ok, "error": result["failed"] if failed(result) else result})
+    return rows
+
+
+def largest_error(backend_name: str, method: str, device: str) -> float:
+    """The worst relative error over the metrics, of loss and gradients."""
+    errors = []
+    for metric in METRICS:
+        found = loss_and_gradients(metric, device, torch.float32, method=method, backend=backend_name)
+        exact = loss_and_gradients(metric, "cpu", torch.float64, backend="reference")
+        pairs = zip(found, exact, strict=True)
+        errors += [((x.cpu().double() - y).norm() / y.norm()).item() for x, y in pairs]
+    return float("inf") if any(e != e for e in errors) else max(errors)
+
+
+def loss_and_gradients(metric: str, device: str, dtype: torch.dtype, **options: str) -> list[torch.Tensor]:
+    """A small call of each kind of gradient, the same numbers in any dtype."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((33, 24), (33, 40), (72, 24), (72, 40))
+    operands = [torch.randn(shape, generator=draw).to(device, dtype).requires_grad_() for shape in shapes]
+    loss = projection_alignment_loss(*operands, metric=metric, **options)  # type: ignore[arg-type]
+    return [loss.detach(), *torch.autograd.grad(loss, operands)]
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as text."""
+    show_machine(report["machine"])
+    show_native(report["native"])
+    show_backends(report["backends"])
+    show_self_check(report["self_check"])
+
+
+def show_machine(found: dict[str, Any]) -> None:
+    """Versions and hardware."""
+    if failed(found):
+        print(f"machine: {found['failed']}")
+        return
+    installed = ", ".join(f"{name} {version or '(not installed)'}" for name, version in found["packages"].items())
+    print(f"kdkernels {found['kdkernels']}" + (f" at {found['commit']}" if found["commit"] else ""))
+    print(f"python {found['python']}, {installed}")
+    print(f"cpu: {found['cpu']}, {found['cpus']} CPUs, {found['threads']} threads; {found['platform']}")
+    print(f"cuda: {', '.join(found['cuda']) or 'no device'}")
+
+
+def show_native(found: dict[str, Any]) -> None:
+    """The compiled module, and how to mend it."""
+    if failed(found):
+        print(f"compiled module: loaded, but broken: {found['failed']}; {_native.HOW_TO_MEND}")
+    elif not found["loaded"]:
+        print(f"compiled module: missing. {found['reason']}\n  To mend it: {found['mend']}")
+    else:
+        forced = f", forced by KDKERNELS_ISA={found['KDKERNELS_ISA']}" if found["KDKERNELS_ISA"] else ""
+        print(f"compiled module: {found['file']}")
+        print(f"  instruction set {found['isa']}{forced}; this CPU has {', '.join(found['isas'])}")
+
+
+def show_backends(rows: Any) -> None:
+    """What `auto` takes."""
+    if failed(rows):
+        print(f"backends: {rows['failed']}")
+        return
+    cells = [(r["op"], r["device"], r["dtype"], r["backend"] or "-", r["why"]) for r in rows]
+    print_table("What backend='auto' takes", ("op", "device", "dtype", "backend", "why not another"), cells)
+
+
+def show_self_check(rows: Any) -> None:
+    """Whether it computes."""
+    if failed(rows):
+        print(f"self-check: {rows['failed']}")
+        return
+    for row in rows:
+        error = row["error"] if isinstance(row["error"], str) else f"error {row['error']:.1e}"
+        where = f"{row['op']} {row['backend']} {row['method']} on {row['device']}"
+        print(f"self-check: {'ok    ' if row['ok'] else 'FAILED'} {where}: {error}")

@@ -1,0 +1,6 @@
+"""Inputs, checks and benchmark workloads of projection alignment."""
+
+from kdkernels.testing.projection_alignment.checks import checks, why_not
+from kdkernels.testing.projection_alignment.workloads import workloads
+
+__all__ = ["checks", "why_not", "workloads"]

@@ -1,0 +1,53 @@
+"""For every test: memory that nobody wrote reads as NaN, and the same number of threads."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdkernels import _native
+from kdkernels.testing.compare import poisoned_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Two threads that compete with another process for two cores spin; tests are small enough for one."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """For a Python of its own: this checkout first, one thread, and no instruction set forced."""
+    found = {name: value for name, value in os.environ.items() if name != "KDKERNELS_ISA"}
+    return found | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need one; tests marked `native` need the compiled module."""
+    missing = _native.why_not()
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("native") and missing:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Markers of this suite."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "native: needs the compiled module")
+    if sys.platform == "linux":
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers beside two cores

@@ -1,0 +1,46 @@
+# ruff: noqa: E501  one row of the table is one line
+"""One mistake for each kernel: (file, what it says, what it would wrongly say). `validate` must notice every one.
+
+A text that no longer occurs exactly once fails its test: whoever changes a kernel moves its mistake along.
+"""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """A wrong line in one kernel."""
+
+    kernel: str
+    file: str
+    right: str
+    wrong: str
+
+
+TRITON = "kdkernels/ops/projection_alignment/triton.py"
+ALIGNMENT = "csrc/cpu/projection_alignment.cpp"
+ROWS = "csrc/cpu/alignment_rows.h"
+
+TRITON_KERNELS = [
+    Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
+    Mutation("_store", TRITON, "x = tl.where(counts[:, None], x, 0.0).to(", "x = (1.01 * x).to("),
+    Mutation("_weights", TRITON, "return w, w != 0", "return w, w > 0"),
+    Mutation("_inverse_norm", TRITON, "1.0 / tl.sqrt_rn(square))", "1.001 / tl.sqrt_rn(square))"),
+    Mutation("_loss_and_slope", TRITON, "loss = tl.where(negative, 2.0 - h, h)", "loss = h"),
+    Mutation("projection_alignment_direct_kernel", TRITON, "slope = 2.0 * w / D", "slope = w / D"),
+    Mutation("projection_alignment_gram_kernel", TRITON, "by_b = -slope * scale_s * scale_t", "by_b = -slope * scale_s * scale_s"),
+]  # fmt: skip
+
+NATIVE_KERNELS = [
+    Mutation("direct", ALIGNMENT, "sides[x].bias_sum[j] += sides[x].z[i * D + j];", "sides[x].bias_sum[j] = sides[x].z[i * D + j];"),
+    Mutation("point_gradient", ALIGNMENT, "static_cast<T>(g.mixed * s + g.own_t * t)", "static_cast<T>(g.mixed * s + g.own_s * t)"),
+    Mutation("factor", ALIGNMENT, "gemm(threads, d_s, d_t, p.D, W_s.transposed(), W_t, G + d_s, K);", "gemm(threads, d_s, d_t, p.D - 1, W_s.transposed(), W_t, G + d_s, K);"),
+    Mutation("Moments", ALIGNMENT, "scale_[1][i] = static_cast<T>(g.own_t);", "scale_[1][i] = static_cast<T>(g.own_s);"),
+    Mutation("gram", ALIGNMENT, "if (tails && !grams.tails_known) tails[begin + i] = tail;", "if (tails && !grams.tails_known) tails[begin + i] = 0;"),
+    Mutation("cosine_point", ROWS, "const double slope = clamped ? 0 : 1 / __builtin_sqrt((1 - cos) * (1 + cos));", "const double slope = 1 / __builtin_sqrt(1 + cos * cos);"),
+    Mutation("dot", ROWS, "for (; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(y[i]);", ""),
+    Mutation("squared_distance", ROWS, "total += difference * difference;", "total -= difference * difference;"),
+    Mutation("Points", ROWS, "double weight(int64_t i) const { return weights_ ? weights_[index_[i] * stride_] : 1; }", "double weight(int64_t i) const { return weights_ ? weights_[i * stride_] : 1; }"),
+    Mutation("RowReader", ROWS, "points_.row(begin + i) * view_.row_stride", "(begin + i) * view_.row_stride"),
+    Mutation("gemm", "csrc/cpu/gemm.h", "return band.kind == Band::lower ? k0 <= max<int64_t>(j - band.offset, 0) : k0 == 0;", "return true;"),
+    Mutation("cholesky", "csrc/cpu/cholesky.h", "row[j] -= factor * above[j];", "row[j] += factor * above[j];"),
+]  # fmt: skip

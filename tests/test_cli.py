@@ -1,0 +1,241 @@
+"""`python -m kdkernels doctor | validate | bench`, as a user runs them: each in a process of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from kdkernels import _native
+from kdkernels.backend import TABLE
+from kdkernels.cli import bench, doctor, table
+from kdkernels.cli import validate as validation
+from kdkernels.testing import SUITES, suite
+from kdkernels.testing.memory import peak_extra_bytes
+from kdkernels.testing.timing import interleave, medians
+
+CASE = "cosine, small*"
+
+
+def kdkernels(environment, *arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "kdkernels", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_help_names_the_commands(environment):
+    result = kdkernels(environment, "--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("doctor", "validate", "bench"))
+
+
+def test_every_op_of_the_table_has_a_suite():
+    assert {row.op for row in TABLE} == set(SUITES)
+    for op in SUITES:
+        assert list(suite(op).workloads(quick=True))
+        assert len({w.name for w in suite(op).workloads()}) == len(suite(op).workloads())
+
+
+# ---- doctor
+
+
+def test_doctor_prints_and_is_healthy(environment):
+    result = kdkernels(environment, "doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for text in ("kdkernels 0.", "torch 2.", "threads", "compiled module", "self-check: ok"):
+        assert text in result.stdout
+
+
+def test_doctor_json(environment):
+    report = json.loads(kdkernels(environment, "doctor", "--json").stdout)
+    assert report["ok"] is True
+    assert {"kdkernels", "python", "packages", "cpu", "threads", "cuda"} <= report["machine"].keys()
+    assert report["machine"]["packages"]["torch"] == torch.__version__
+    rows = {(row["device"], row["dtype"]): row["backend"] for row in report["backends"]}
+    assert rows["cpu", "float16"] == "reference"
+    assert all(check["ok"] and check["error"] < doctor.TOLERANCE for check in report["self_check"])
+    assert report["native"]["loaded"] == (_native.why_not() is None)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_doctor_says_which_instruction_set_was_forced(environment, isa):
+    if isa not in _native.module().isas():
+        pytest.skip(f"this CPU or build has no {isa}")
+    result = kdkernels(environment | {"KDKERNELS_ISA": isa}, "doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"instruction set {isa}, forced by KDKERNELS_ISA={isa}" in result.stdout
+
+
+@pytest.mark.native
+def test_doctor_survives_an_instruction_set_that_is_not_there(environment):
+    result = kdkernels(environment | {"KDKERNELS_ISA": "sve"}, "doctor")
+    assert "sve" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "self-check: ok     projection_alignment_loss reference direct" in result.stdout
+
+
+def test_doctor_says_how_to_mend_a_missing_module(environment, tmp_path):
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "kdkernels", tmp_path / "kdkernels", ignore=ignore)
+    result = kdkernels(environment | {"PYTHONPATH": str(tmp_path)}, "doctor", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "compiled module: missing" in result.stdout
+    assert "pip install ." in result.stdout
+    assert "self-check: ok     projection_alignment_loss reference direct" in result.stdout
+    assert "Warning" not in result.stderr
+
+
+def test_doctor_survives_a_module_that_is_no_module(environment, tmp_path):
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "kdkernels", tmp_path / "kdkernels", ignore=ignore)
+    (tmp_path / "kdkernels" / "_C.py").write_text("raise ImportError('undefined symbol: _ZTV')\n")
+    result = kdkernels(environment | {"PYTHONPATH": str(tmp_path)}, "doctor", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "undefined symbol: _ZTV" in result.stdout
+
+
+def test_doctor_fails_when_the_self_check_does(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "largest_error", lambda *_: 0.5)
+    assert doctor.run(Namespace(json=False)) == 1
+    assert "self-check: FAILED" in capsys.readouterr().out
+
+
+def test_doctor_prints_what_it_could_not_find_out(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no such thing")
+
+    for section in ("machine", "native_module", "backends", "self_check"):
+        monkeypatch.setattr(doctor, section, broken)
+    assert doctor.run(Namespace(json=False)) == 1
+    assert capsys.readouterr().out.count("RuntimeError: no such thing") == 4
+
+
+# ---- validate
+
+
+def test_validate_json(environment):
+    result = kdkernels(environment, "validate", "--quick", "--backend", "reference", "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == 0
+    assert report["ok"] is True
+    assert {(r["dtype"], r["variant"]) for r in report["results"]} >= {("float32", "mse"), ("bfloat16", "angular")}
+    deviation = report["results"][0]["deviations"][0]
+    assert deviation.keys() == {"name", "error", "budget", "ok"}
+    assert {d["name"] for d in report["results"][0]["deviations"]} >= {"loss", "grad student", "grad teacher_proj"}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_validate_native(environment, isa):
+    if isa not in _native.module().isas():
+        pytest.skip(f"this CPU or build has no {isa}")
+    result = kdkernels(environment | {"KDKERNELS_ISA": isa}, "validate", "--backend", "native")
+    assert result.returncode == 0, result.stdout
+    assert " 0 failed" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton is validated")
+def test_validate_lists_what_it_could_not_validate(environment):
+    result = kdkernels(environment, "validate", "--quick", "--backend", "triton", "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == 1  # nothing was validated
+    assert report["not_validated"][0]["backend"] == "triton"
+    assert "TRITON_INTERPRET=1" in report["not_validated"][0]["reason"]
+
+
+@pytest.mark.parametrize("fault", [lambda x: x * 1.01, lambda x: x * torch.nan, lambda x: 1 / 0])
+def test_validate_fails_on_a_wrong_result(monkeypatch, capsys, fault):
+    from kdkernels.ops.projection_alignment import api
+
+    honest = api.reference.weighted_losses
+    monkeypatch.setattr(api.reference, "weighted_losses", lambda *a, **k: fault(honest(*a, **k)))
+    options = Namespace(op=None, backend="reference", quick=True, json=False, exitfirst=True)
+    assert validation.run(options) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+# ---- bench
+
+
+def test_bench_writes_json_and_a_picture(environment, tmp_path):
+    paths = ["--json", str(tmp_path / "a" / "bench.json"), "--png", str(tmp_path / "bench.png")]
+    result = kdkernels(environment, "bench", "--quick", "--case", CASE, "--threads", "1", *paths)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "--quick: sizes too small" in result.stdout
+    report = json.loads((tmp_path / "a" / "bench.json").read_text())
+    assert report["machine"]["threads"] == 1
+    assert report["rates"]["copy_gb_per_s"] > 0
+    rows = {row["variant"]: row for row in report["results"]}
+    assert set(rows) == {"eager", "torch.compile", "kdkernels"}
+    for row in rows.values():
+        assert row["ok"] and row["median_s"] > 0 and len(row["times_s"]) >= 3
+        assert row["speedup_over_eager"] == pytest.approx(rows["eager"]["median_s"] / row["median_s"])
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_speed_beside_a_wrong_result(monkeypatch, capsys):
+    """The wrong variant loses its times; the others keep theirs."""
+    from kdkernels.testing.projection_alignment.workloads import Session
+
+    def variants(self):
+        steps = honest(self)
+        return {"eager": steps["eager"], "kdkernels": wrong, "torch.compile": raising}
+
+    def wrong():
+        outcome = session.variants_eager()
+        outcome.grads["student"].mul_(1.01)
+        return outcome
+
+    def raising():
+        raise RuntimeError("did not compile")
+
+    honest = Session.variants
+    (workload,) = (w for w in suite("projection_alignment_loss").workloads(True) if w.name.startswith("cosine, small"))
+    session = workload.open()
+    session.variants_eager = honest(session)["eager"]
+    monkeypatch.setattr(Session, "variants", variants)
+    rates = bench.Rates(1.0, {"torch.float32": 1.0})
+    rows = {row.variant: row for row in bench.measure(workload, rates, "cpu", 0.01, memory=False)}
+    assert [row.ok for row in rows.values()] == [True, False, False]
+    assert rows["kdkernels"].median_s is None and rows["torch.compile"].median_s is None
+    assert "did not compile" in rows["torch.compile"].worst_error
+    assert bench.numbers(rows["kdkernels"])[0].startswith("WRONG grad student")
+
+
+def test_variants_take_turns():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = interleave(steps, lambda: calls.append("refresh"), "cpu", seconds=0, max_rounds=3)
+    assert calls == ["refresh", "a", "refresh", "b"] * 3
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+    assert medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is read from /proc")
+def test_peak_memory_sees_what_eager_keeps():
+    """Eager keeps z_s and z_t, (N, D) each, and their gradients; what it returns is not counted."""
+    op, name = "projection_alignment_loss", "cosine, D=1024, all gradients but the teacher's"
+    extra = peak_extra_bytes(op, name, "eager", "cpu", quick=True)
+    assert extra is not None
+    assert 2 * 512 * 1024 * 4 < extra < 40 * 512 * 1024 * 4
+
+
+# ---- tables
+
+
+def test_tables_without_rich(monkeypatch, capsys):
+    monkeypatch.setattr(table, "find_spec", lambda _: None)
+    table.print_table("Title", ("name", "ms"), [("a", "1.50"), ("long name", "10.25")])
+    assert capsys.readouterr().out.splitlines() == [
+        "", "Title", "name          ms", "---------  -----", "a           1.50", "long name  10.25",
+    ]  # fmt: skip
+
+
+def test_what_counts_as_a_number():
+    assert all(map(table.is_number, ("", "1.50", "3.2e-07", "4.10×", "98%", "-2")))
+    assert not any(map(table.is_number, ("ok", "cpu", "raised", "WRONG loss: 1e-3")))
