@@ -8,7 +8,7 @@ import importlib
 import warnings
 from types import ModuleType
 
-HOW_TO_MEND = "reinstall with `pip install .` (a C++20 compiler is all it needs); `python -m kdkernels doctor` says more"
+HOW_TO_MEND = "reinstall with `pip install .` (it needs a C++20 compiler); `python -m kdkernels doctor` says more"
 
 _module: ModuleType | None = None
 _error: ImportError | None = None

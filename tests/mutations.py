@@ -23,7 +23,7 @@ ROWS = "csrc/cpu/alignment_rows.h"
 TRITON_KERNELS = [
     Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
     Mutation("_store", TRITON, "x = tl.where(counts[:, None], x, 0.0).to(", "x = (1.01 * x).to("),
-    Mutation("_weights", TRITON, "return w, w != 0", "return w, w > 0"),
+    Mutation("_weights", TRITON, "return w * scale, w != 0", "return w * scale, w > 0"),
     Mutation("_inverse_norm", TRITON, "1.0 / tl.sqrt_rn(square))", "1.001 / tl.sqrt_rn(square))"),
     Mutation("_loss_and_slope", TRITON, "loss = tl.where(negative, 2.0 - h, h)", "loss = h"),
     Mutation("projection_alignment_direct_kernel", TRITON, "slope = 2.0 * w / D", "slope = w / D"),
@@ -39,7 +39,7 @@ NATIVE_KERNELS = [
     Mutation("cosine_point", ROWS, "const double slope = clamped ? 0 : 1 / __builtin_sqrt((1 - cos) * (1 + cos));", "const double slope = 1 / __builtin_sqrt(1 + cos * cos);"),
     Mutation("dot", ROWS, "for (; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(y[i]);", ""),
     Mutation("squared_distance", ROWS, "total += difference * difference;", "total -= difference * difference;"),
-    Mutation("Points", ROWS, "double weight(int64_t i) const { return weights_ ? weights_[index_[i] * stride_] : 1; }", "double weight(int64_t i) const { return weights_ ? weights_[i * stride_] : 1; }"),
+    Mutation("Points", ROWS, "weights_ ? scale_ * weights_[index_[i] * stride_] : scale_;", "weights_ ? scale_ * weights_[i * stride_] : scale_;"),
     Mutation("RowReader", ROWS, "points_.row(begin + i) * view_.row_stride", "(begin + i) * view_.row_stride"),
     Mutation("gemm", "csrc/cpu/gemm.h", "return band.kind == Band::lower ? k0 <= max<int64_t>(j - band.offset, 0) : k0 == 0;", "return true;"),
     Mutation("cholesky", "csrc/cpu/cholesky.h", "row[j] -= factor * above[j];", "row[j] += factor * above[j];"),

@@ -123,9 +123,18 @@ def measure(workload: Any, rates: Rates, device: str, seconds: float, memory: bo
             row |= {"gflop_per_s": cost.flops / t / 1e9, "share_of_matmul": cost.flops / t / 1e9 / matmul}
             row |= {"gb_per_s": cost.bytes / t / 1e9, "share_of_copy": cost.bytes / t / 1e9 / rates.copy_gb_per_s}
             if memory:
-                row["peak_extra_bytes"] = peak_extra_bytes(workload.op, workload.name, name, device)
+                row["peak_extra_bytes"] = extra_memory(workload, name, device)
         rows.append(Row(**row))
     return rows
+
+
+def extra_memory(workload: Any, variant: str, device: str) -> int | None:
+    """Peak memory, or None and a word on stderr where it could not be measured: the times are still good."""
+    try:
+        return peak_extra_bytes(workload.op, workload.name, variant, device)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return None
 
 
 def verdicts(session: Any, variants: dict[str, Any]) -> dict[str, list[Deviation]]:

@@ -12,6 +12,9 @@ from kdkernels.contract import Contract, check_choice, check_tensor
 from kdkernels.ops.projection_alignment import method as methods
 from kdkernels.ops.projection_alignment import reference, schema
 
+# student, teacher, student_proj, teacher_proj, student_bias, teacher_bias
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 OP = "projection_alignment_loss"
 REDUCTIONS = ("mean", "sum", "none")
 CONTRACT = Contract(
@@ -94,9 +97,9 @@ def projection_alignment_loss(
 
 @dataclass(frozen=True)
 class _Call:
-    """A checked call: flattened operands in the order of `schema.NAMES`, and what will serve it."""
+    """A checked call: flattened operands, and what will serve it."""
 
-    operands: tuple[Tensor | None, ...]
+    operands: Operands
     weights: Tensor | None  # (N,)
     divisor: int  # of every point
     late_divisor: Tensor | int | None  # of the total
@@ -127,14 +130,14 @@ def _prepare(
     check_tensor("student", student)
     check_tensor("teacher", teacher)
     weights = _as_weights(weights)
-    operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    operands: Operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
     unprojected = {letter: "D" for letter, proj in (("d_s", student_proj), ("d_t", teacher_proj)) if proj is None}
     sizes = CONTRACT.bind(dict(zip(schema.NAMES, operands, strict=True), weights=weights), same=unprojected)
     operands = _autocast(operands)
     present = [x for x in operands if x is not None]
     chosen = backends.choose(OP, backend, student.device.type, {x.dtype for x in present})
 
-    s, t, *rest = operands
+    s, t, W_s, W_t, b_s, b_t = operands
     N = prod(sizes["..."])
     s, t = s.reshape(N, s.shape[-1]), t.reshape(N, t.shape[-1])
     if weights is not None:
@@ -150,7 +153,7 @@ def _prepare(
         else:
             weights = weights / _nonzero(weights.sum())
     return _Call(
-        operands=(s, t, *rest),
+        operands=(s, t, W_s, W_t, b_s, b_t),
         weights=weights,
         divisor=divisor,
         late_divisor=late_divisor,
@@ -179,17 +182,18 @@ def _nonzero(total: Tensor) -> Tensor:
     return torch.where(total == 0, torch.ones_like(total), total)
 
 
-def _autocast(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _autocast(operands: Operands) -> Operands:
     """Under autocast a projected side is cast as `torch.nn.functional.linear` would cast it."""
-    device = operands[0].device.type  # type: ignore[union-attr]
+    device = operands[0].device.type
     if not torch.is_autocast_enabled(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
     projected = (operands[2] is not None, operands[3] is not None) * 3
-    return tuple(
-        x.to(dtype) if x is not None and cast and x.dtype is not torch.float64 else x
-        for x, cast in zip(operands, projected, strict=True)
+    cast = (
+        x.to(dtype) if x is not None and projects and x.dtype is not torch.float64 else x
+        for x, projects in zip(operands, projected, strict=True)
     )
+    return tuple(cast)  # type: ignore[return-value]
 
 
 def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
@@ -202,6 +206,7 @@ def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
     call = _prepare(*(a[name] for name in order))
     sizes = methods.sizes(call.operands, call.needs, call.backend.backend, a["metric"])
     dtypes = {x.dtype for x in call.operands if x is not None}
+    costs: tuple[methods.Cost, ...]
     if call.backend.backend == "reference":
         method, costs = "direct", (methods.direct_cost(sizes),)
     else:

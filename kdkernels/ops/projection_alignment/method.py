@@ -38,7 +38,6 @@ class Sizes:
     frozen: bool = False  # no projection can change: Gram matrices are computed once for many calls
 
 
-
 def frozen(operands: Sequence[Tensor | None]) -> bool:
     """Whether no projection or bias requires grad, whether or not gradients are recorded now."""
     return not any(x is not None and x.requires_grad for x in operands[2:])

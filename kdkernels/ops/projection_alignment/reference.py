@@ -70,12 +70,13 @@ def weighted_losses(
     A point of weight 0 does not exist: whatever it holds (padding, NaN) reaches neither the loss nor a gradient.
     """
     dtype = accumulation_dtype(student, teacher, student_proj, teacher_proj)
-    operands = [student, teacher, student_proj, teacher_proj, student_bias, teacher_bias]
     with torch.autocast(student.device.type, enabled=False):  # the operands were cast before
-        s, t, *rest = (None if x is None else x.to(dtype) for x in operands)
+        s, t = student.to(dtype), teacher.to(dtype)
+        projections = [None if x is None else x.to(dtype) for x in (student_proj, teacher_proj)]
+        biases = [None if x is None else x.to(dtype) for x in (student_bias, teacher_bias)]
         if weights is None:
-            return eager_losses(s, t, *rest, metric=metric)
+            return eager_losses(s, t, *projections, *biases, metric=metric)
         counts = weights != 0
-        s, t = (torch.where(counts[:, None], x, 0) for x in (s, t))
-        losses = eager_losses(s, t, *rest, metric=metric)
+        s, t = torch.where(counts[:, None], s, 0), torch.where(counts[:, None], t, 0)
+        losses = eager_losses(s, t, *projections, *biases, metric=metric)
         return torch.where(counts, losses * weights.to(dtype), 0)

@@ -43,13 +43,13 @@ def projection_alignment(
     total = student.new_empty((), dtype=accumulation_dtype(*operands[:4]))
     grads = [_grad_like(x, need) for x, need in zip(operands, needs, strict=True)]
     _implementation(backend).loss_and_gradients(operands, weights, metric, method, divisor, total, grads)
-    return total, *grads
+    return total, *grads  # type: ignore[return-value]
 
 
 @projection_alignment.register_fake
-def _(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights, metric, method, needs, backend, divisor):  # type: ignore[no-untyped-def]  # noqa: E501
-    operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
-    total = student.new_empty((), dtype=accumulation_dtype(*operands[:4]))
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, needs = arguments[:6], arguments[9]
+    total = operands[0].new_empty((), dtype=accumulation_dtype(*operands[:4]))
     return total, *(_grad_like(x, need) for x, need in zip(operands, needs, strict=True))
 
 
@@ -74,8 +74,8 @@ def projection_alignment_points(
 
 
 @projection_alignment_points.register_fake
-def _(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights, metric, method, backend):  # type: ignore[no-untyped-def]  # noqa: E501
-    return student.new_empty(student.shape[0], dtype=accumulation_dtype(student, teacher, student_proj, teacher_proj))
+def _(*arguments: Any) -> Tensor:
+    return arguments[0].new_empty(arguments[0].shape[0], dtype=accumulation_dtype(*arguments[:4]))
 
 
 def _implementation(backend: str) -> Any:
