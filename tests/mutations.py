@@ -35,7 +35,7 @@ NATIVE_KERNELS = [
     Mutation("point_gradient", ALIGNMENT, "static_cast<T>(g.mixed * s + g.own_t * t)", "static_cast<T>(g.mixed * s + g.own_s * t)"),
     Mutation("factor", ALIGNMENT, "gemm(threads, d_s, d_t, p.D, W_s.transposed(), W_t, G + d_s, K);", "gemm(threads, d_s, d_t, p.D - 1, W_s.transposed(), W_t, G + d_s, K);"),
     Mutation("Moments", ALIGNMENT, "scale_[1][i] = static_cast<T>(g.own_t);", "scale_[1][i] = static_cast<T>(g.own_s);"),
-    Mutation("gram", ALIGNMENT, "if (tails && !grams.tails_known) tails[begin + i] = tail;", "if (tails && !grams.tails_known) tails[begin + i] = 0;"),
+    Mutation("gram", ALIGNMENT, "const double tail = grams.tails_known ? tails[begin + i] : dot(t + d_s, t + d_s, d_t);", "const double tail = grams.tails_known ? tails[begin + i] : dot(t + d_s, t + d_s, d_t - 1);"),
     Mutation("cosine_point", ROWS, "const double slope = clamped ? 0 : 1 / __builtin_sqrt((1 - cos) * (1 + cos));", "const double slope = 1 / __builtin_sqrt(1 + cos * cos);"),
     Mutation("dot", ROWS, "for (; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(y[i]);", ""),
     Mutation("squared_distance", ROWS, "total += difference * difference;", "total -= difference * difference;"),

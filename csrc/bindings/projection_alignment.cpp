@@ -55,7 +55,8 @@ Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeV
   return p;
 }
 
-Grams make_grams(const Alignment& p, const View& factor, const MaybeView& teacher_tails, bool tails_known) {
+Grams make_grams(const Alignment& p, const View& factor, const MaybeView& teacher_tails, bool tails_known,
+                 const MaybeView& teacher_heads, bool heads_known) {
   for (const AlignmentSide& side : p.sides) {
     if (!side.proj) throw py::value_error("gram needs both projections");
     if (side.bias) throw py::value_error("gram takes a bias as one more input column");
@@ -63,11 +64,16 @@ Grams make_grams(const Alignment& p, const View& factor, const MaybeView& teache
   const int64_t K = p.sides[0].proj.cols + p.sides[1].proj.cols;
   check_shape("factor", factor, K, K);
   check_dtype("factor", factor, p.accumulate);
-  Grams grams{factor, or_absent(teacher_tails), tails_known};
+  Grams grams{factor, or_absent(teacher_tails), or_absent(teacher_heads), tails_known, heads_known};
   check_shape("teacher_tails", grams.teacher_tails, p.N, 1);
   check_dtype("teacher_tails", grams.teacher_tails, DType::float64);
-  if (tails_known && (!grams.teacher_tails || p.sides[1].grad_points))
-    throw py::value_error("tails_known needs teacher_tails and a teacher without gradient");
+  check_shape("teacher_heads", grams.teacher_heads, p.N, p.sides[0].proj.cols);
+  check_dtype("teacher_heads", grams.teacher_heads, p.accumulate);
+  if (grams.teacher_tails && (p.weights || p.sides[1].grad_points))
+    throw py::value_error("teacher_tails is for a teacher without gradient and points without weights");
+  if ((tails_known && !grams.teacher_tails) || (heads_known && !grams.teacher_heads) ||
+      (grams.teacher_heads && !tails_known))
+    throw py::value_error("known tails and heads must be given, and heads go with known tails");
   return grams;
 }
 
@@ -92,7 +98,7 @@ void bind_projection_alignment(py::module_& m) {
       [](const Six& operands, const View& factor, const std::string& accumulate, int threads) {
         check_threads(threads);
         const Alignment p = make_alignment(operands, {}, {}, 1, {}, {}, "cosine", accumulate);
-        const Grams grams = make_grams(p, factor, {}, false);
+        const Grams grams = make_grams(p, factor, {}, false, {}, false);
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
         return kernels.factor(p, grams, threads);
@@ -115,17 +121,18 @@ void bind_projection_alignment(py::module_& m) {
       "projection_alignment_gram",
       [](const Six& operands, const Six& gradients, const MaybeView& weights, double divisor, const MaybeView& losses,
          const MaybeView& total, const std::string& metric, const std::string& accumulate, const View& factor,
-         const MaybeView& teacher_tails, bool tails_known, int threads) {
+         const MaybeView& teacher_tails, bool tails_known, const MaybeView& teacher_heads, bool heads_known,
+         int threads) {
         check_threads(threads);
         const Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
-        const Grams grams = make_grams(p, factor, teacher_tails, tails_known);
+        const Grams grams = make_grams(p, factor, teacher_tails, tails_known, teacher_heads, heads_known);
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
         kernels.gram(p, grams, threads);
       },
       py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("divisor"), py::arg("losses"),
       py::arg("total"), py::arg("metric"), py::arg("accumulate"), py::arg("factor"), py::arg("teacher_tails"),
-      py::arg("tails_known"), py::arg("threads"));
+      py::arg("tails_known"), py::arg("teacher_heads"), py::arg("heads_known"), py::arg("threads"));
 }
 
 }  // namespace kd

@@ -43,7 +43,7 @@ template <class T>
 struct Tile {
   static constexpr int rows = kVectorBytes == 64 ? 14 : 6;  // with two columns of vectors this fills the registers
   static constexpr int cols = 2 * kLanes<T>;
-  static constexpr int depth = kVectorBytes == 64 ? 256 : 384;  // a strip of B stays in the first-level cache
+  static constexpr int64_t depth = kVectorBytes == 64 ? 384 : 512;  // long enough that C is seldom read and written
   static constexpr int64_t panel_rows = rows * (kVectorBytes == 64 ? 14 : 28);
   static constexpr int64_t panel_cols = 128 * cols;
 };
@@ -83,32 +83,72 @@ inline void multiply_tile(int64_t depth, const T* a, const T* b, T* c, int64_t l
   }
 }
 
+// Transpose a square of vectors in place.
+template <class T>
+inline void transpose(Vector<T> (&v)[kLanes<T>]) {
+  constexpr int lanes = kLanes<T>;
+  using Index = typename IndexOf<T>::type;
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half > 0; half /= 2) {  // exchange off-diagonal blocks of `half` lanes
+    Index low, high;
+    for (int l = 0; l < lanes; ++l) {
+      const int other = l & half;
+      low[l] = other ? lanes + l - half : l;
+      high[l] = other ? lanes + l : l + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      if (!(i & half)) {
+        const Vector<T> a = v[i], b = v[i + half];
+        v[i] = __builtin_shuffle(a, b, low);
+        v[i + half] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
 // Pack `width` lines of an operand, `depth` long, so that line i's element k lands at out[k·width + i]; lines from
-// `valid` on are zero.
+// `valid` on are zero. Writes up to a vector beyond the end.
 template <int width, class T, class S>
 inline void pack_lines(const S* data, int64_t line_stride, int64_t k_stride, int64_t valid, int64_t depth,
                        const T* scale, T* out) {
-  if (valid < width)
-    for (int64_t i = 0; i < depth * width; ++i) out[i] = T{};
-  if (line_stride == 1 && valid == width) {
-    for (int64_t k = 0; k < depth; ++k) {
+  constexpr int lanes = kLanes<T>, groups = (width + lanes - 1) / lanes;
+  int64_t k = 0;
+  if (valid == width && line_stride == 1) {
+    for (; k < depth; ++k) {
       const S* line = data + k * k_stride;
-      for (int i = 0; i < width; ++i) out[k * width + i] = load<T>(line + i);
+      T* to = out + k * width;
+      const T factor = scale ? scale[k] : T(1);
+      constexpr int vectors = width / lanes;
+      for (int g = 0; g < vectors; ++g)
+        *reinterpret_cast<UnalignedVector<T>*>(to + g * lanes) = factor * load_vector<T>(line + g * lanes);
+      for (int i = vectors * lanes; i < width; ++i) to[i] = factor * load<T>(line + i);
     }
-  } else if (k_stride == 1) {  // transpose in small squares, so that reads and writes both stay in cache lines
-    constexpr int64_t square = 16;
-    for (int64_t k0 = 0; k0 < depth; k0 += square) {
-      const int64_t k1 = min(depth, k0 + square);
-      for (int64_t i = 0; i < valid; ++i)
-        for (int64_t k = k0; k < k1; ++k) out[k * width + i] = load<T>(data + i * line_stride + k);
+  } else if (valid == width && k_stride == 1) {
+    for (; k + lanes <= depth; k += lanes) {
+      Vector<T> squares[groups][lanes];
+#pragma GCC unroll 8
+      for (int g = 0; g < groups; ++g) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          const int line = g * lanes + i < width ? g * lanes + i : width - 1;  // repeated lines are overwritten
+          squares[g][i] = load_vector<T>(data + line * line_stride + k);
+        }
+        transpose<T>(squares[g]);
+      }
+#pragma GCC unroll 16
+      for (int l = 0; l < lanes; ++l) {  // in the order of k: what a store writes too much the next one mends
+        const T factor = scale ? scale[k + l] : T(1);
+#pragma GCC unroll 8
+        for (int g = 0; g < groups; ++g)
+          *reinterpret_cast<UnalignedVector<T>*>(out + (k + l) * width + g * lanes) = factor * squares[g][l];
+      }
     }
-  } else {
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t i = 0; i < valid; ++i) out[k * width + i] = load<T>(data + i * line_stride + k * k_stride);
   }
-  if (scale)
-    for (int64_t k = 0; k < depth; ++k)
-      for (int i = 0; i < width; ++i) out[k * width + i] *= scale[k];
+  for (; k < depth; ++k) {
+    const T factor = scale ? scale[k] : T(1);
+    for (int64_t i = 0; i < width; ++i)
+      out[k * width + i] = i < valid ? factor * load<T>(data + i * line_stride + k * k_stride) : T{};
+  }
 }
 
 // Lines [line, line + width) and k in [k, k + depth) of an operand whose lines are its rows.
@@ -125,7 +165,7 @@ inline void pack(const Operand<T>& x, int64_t line, int64_t lines, int64_t k, in
 template <class T>
 void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T> B, T* C, int64_t ldc,
           bool accumulate = false, Band band = {}) {
-  constexpr int64_t rows = Tile<T>::rows, cols = Tile<T>::cols, depth = Tile<T>::depth;
+  constexpr int64_t rows = Tile<T>::rows, cols = Tile<T>::cols;
   if (M == 0 || N == 0) return;
   if (K == 0) {
     if (!accumulate)
@@ -137,10 +177,12 @@ void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T>
   // Panels of A are made a little smaller where that gives every thread the same number of them.
   const int64_t rounds = ceil_div(M, threads * Tile<T>::panel_rows);
   const int64_t panel_rows = round_up(ceil_div(M, threads * rounds), rows);
+  const int64_t depth = ceil_div(K, ceil_div(K, Tile<T>::depth));  // equal blocks of k
   const int64_t panel_cols = min(Tile<T>::panel_cols, round_up(N, cols));
   const int64_t row_panels = ceil_div(M, panel_rows);
   const int64_t col_parts = max<int64_t>(1, min(threads / row_panels, ceil_div(panel_cols, 4 * cols)));
-  Buffer<T> packed_b(panel_cols * depth), packed_a(threads * panel_rows * depth);
+  const int64_t room_a = panel_rows * depth + kLanes<T>;  // A's last strip may overflow
+  Buffer<T> packed_b(panel_cols * depth), packed_a(threads * room_a);
   const Operand<T> Bt = B.transposed();
 
   for (int64_t j0 = 0; j0 < N; j0 += panel_cols) {
@@ -166,7 +208,7 @@ void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T>
         const int64_t i0 = task / col_parts * panel_rows, i1 = min(M, i0 + panel_rows);
         const int64_t part = ceil_div(strips, col_parts), s0 = task % col_parts * part, s1 = min(strips, s0 + part);
         if (band.kind == Band::symmetric && i0 >= j0 + min(s1 * cols, n)) return;
-        T* a = packed_a.get() + worker * panel_rows * depth;
+        T* a = packed_a.get() + worker * room_a;
         for (int64_t i = i0; i < i1; i += rows) pack<rows>(A, i, i1, k0, kc, a + (i - i0) * kc);
         for (int64_t s = s0; s < s1; ++s) {
           const int64_t j = j0 + s * cols, kb = first(j), ke = last(j);

@@ -276,16 +276,19 @@ void gram(const Alignment& p, const Grams& grams, int available_threads) {
   const Operand<T> R_s = operand(static_cast<const T*>(grams.factor.data), K);
   const Operand<T> R_t = operand(static_cast<const T*>(grams.factor.data) + d_s, K);
   double* tails = static_cast<double*>(grams.teacher_tails.data);
+  T* heads = static_cast<T*>(grams.teacher_heads.data);
   const int64_t width_t = grams.tails_known ? d_s : K;  // a known tail needs no coordinates
-  Buffer<T> y_s(walk.block * d_s), y_t(walk.block * width_t), dx(walk.block * max(d_s, d_t));
+  Buffer<T> y_s(walk.block * d_s), y_t(heads ? 0 : walk.block * width_t), dx(walk.block * max(d_s, d_t));
 
   walk.each([&](int64_t begin, int64_t count) {
+    T* block_t = heads ? heads + begin * d_s : y_t.get();
     gemm(threads, count, d_s, d_s, walk.block_of(0), R_s.transposed(), y_s.get(), d_s, false, {Band::lower});
-    gemm(threads, count, width_t, d_t, walk.block_of(1), R_t.transposed(), y_t.get(), width_t, false,
-         {Band::lower, d_s});
+    if (!grams.heads_known)
+      gemm(threads, count, width_t, d_t, walk.block_of(1), R_t.transposed(), block_t, width_t, false,
+           {Band::lower, d_s});
     parallel_chunks(threads, count, kRowGrain, [&](int64_t i0, int64_t i1) {
       for (int64_t i = i0; i < i1; ++i) {
-        T *s = y_s.get() + i * d_s, *t = y_t.get() + i * width_t;
+        T *s = y_s.get() + i * d_s, *t = block_t + i * width_t;
         const double tail = grams.tails_known ? tails[begin + i] : dot(t + d_s, t + d_s, d_t);
         if (tails && !grams.tails_known) tails[begin + i] = tail;
         walk.keep(begin, i, compare(p.metric, p.D, d_s, s, t, tail));

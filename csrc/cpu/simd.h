@@ -25,6 +25,18 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
   typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
+// What __builtin_shuffle takes: an integer vector of the same shape.
+template <class T>
+struct IndexOf;
+template <>
+struct IndexOf<float> {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct IndexOf<double> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+
 template <class T>
 using Vector = typename VectorOf<T>::type;
 template <class T>
@@ -60,6 +72,28 @@ inline T load(const bfloat16* p) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return static_cast<T>(value);
+}
+
+// kLanes<T> adjacent elements.
+template <class T, class S>
+inline Vector<T> load_vector(const S* p) {
+  Vector<T> v;
+  for (int l = 0; l < kLanes<T>; ++l) v[l] = load<T>(p + l);
+  return v;
+}
+template <>
+inline Vector<float> load_vector<float>(const float* p) {
+  return *reinterpret_cast<const UnalignedVector<float>*>(p);
+}
+template <>
+inline Vector<double> load_vector<double>(const double* p) {
+  return *reinterpret_cast<const UnalignedVector<double>*>(p);
+}
+template <>
+inline Vector<float> load_vector<float>(const bfloat16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  return reinterpret_cast<Vector<float>>(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
 }
 
 template <class T>

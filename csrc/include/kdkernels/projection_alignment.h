@@ -38,9 +38,11 @@ struct Alignment {
 // With K = d_s + d_t and the Cholesky factorisation [W_s W_t]ᵀ[W_s W_t] = RᵀR, the points y_s = R[:, :d_s] s and
 // y_t = R[:, d_s:] t have the inner products of z_s and z_t, and the same cancellations: none that D would not have.
 struct Grams {
-  View factor;         // (K, K): R, upper triangular; in the accumulation dtype and contiguous
-  View teacher_tails;  // (N, 1) float64: ‖y_t[d_s:]‖² of a teacher that does not change, or absent
-  bool tails_known = false;
+  View factor;  // (K, K): R, upper triangular; in the accumulation dtype and contiguous
+  // Of a teacher that does not change; read where they are known, else written. Absent, or
+  View teacher_tails;  // (N, 1) float64: ‖y_t[d_s:]‖²
+  View teacher_heads;  // (N, d_s): y_t[:d_s], in the accumulation dtype; only beside known tails
+  bool tails_known = false, heads_known = false;
 };
 
 struct ProjectionAlignmentKernels {

@@ -25,32 +25,48 @@ def _place(x: Tensor) -> tuple[Any, ...]:
 
 
 class Derived:
-    """A small memory of values derived from tensors; each value may carry a note."""
+    """A small memory of values derived from tensors; each value is a tuple of tensors, and may carry a note.
+
+    An `anchor` is a derived tensor that a value belongs to: known by identity, since nobody else writes to it.
+    """
 
     def __init__(self, fingerprint: Callable[[Tensor], int]) -> None:
         self._fingerprint = fingerprint
-        self._entries: OrderedDict[Hashable, tuple[list[Any], list[int], Tensor, Any]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[list[Any], list[int], tuple[Tensor, ...], Any]] = OrderedDict()
 
-    def find(self, tensors: Sequence[Tensor | None], kind: Hashable) -> tuple[Tensor, Any] | None:
+    def find(
+        self, tensors: Sequence[Tensor | None], kind: Hashable, anchor: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Any] | None:
         """The value of this kind and its note, or None when there is none or a tensor has changed."""
         present = [x for x in tensors if x is not None]
-        key = (kind, *map(_place, present))
+        key = (kind, id(anchor), *map(_place, present))
         entry = self._entries.get(key)
         if entry is None:
             return None
         owners, fingerprints, value, note = entry
-        same_tensors = all(owner() is _owner(x) for owner, x in zip(owners, present, strict=True))
+        same_tensors = all(owner() is _owner(x) for owner, x in zip(owners, present, strict=False))
         if not same_tensors or fingerprints != [self._fingerprint(x) for x in present]:
             self._entries.pop(key, None)
             return None
         self._entries.move_to_end(key)
         return value, note
 
-    def keep(self, tensors: Sequence[Tensor | None], kind: Hashable, value: Tensor, note: Any = None) -> None:
+    def keep(
+        self,
+        tensors: Sequence[Tensor | None],
+        kind: Hashable,
+        value: tuple[Tensor, ...],
+        note: Any = None,
+        anchor: Tensor | None = None,
+    ) -> None:
         """Keep a value until one of its tensors changes or is gone."""
         present = [x for x in tensors if x is not None]
-        key = (kind, *map(_place, present))
-        owners = [weakref.ref(_owner(x), lambda _: self._entries.pop(key, None)) for x in present]
+        key = (kind, id(anchor), *map(_place, present))
+        sources = [_owner(x) for x in present] + ([] if anchor is None else [anchor])
+        owners = [weakref.ref(x, lambda _: self._entries.pop(key, None)) for x in sources]
         self._entries[key] = (owners, [self._fingerprint(x) for x in present], value, note)
-        while sum(kept.nbytes for _, _, kept, _ in list(self._entries.values())) > CAPACITY and len(self._entries) > 1:
+        while self._bytes() > CAPACITY and len(self._entries) > 1:
             self._entries.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(x.nbytes for _, _, value, _ in list(self._entries.values()) for x in value)

@@ -89,16 +89,22 @@ def _run_gram(
     factor, pivot = _factor(operands, augmented, accumulate)
     if pivot < WELL_CONDITIONED[accumulate, metric == "mse"]:
         return False
-    tails, tails_known = _teacher_tails(operands, grads, weights, accumulate)
+    steady = weights is None and grads[1] is None and methods.frozen(operands)
+    known, room = _teacher_coordinates(operands, factor) if steady else ((), ())
+    tails, heads = (*known, *room, None, None)[:2]
     _native.module().projection_alignment_gram(
         [_view(x) for x in augmented],
         [_view(g) for g in augmented_grads],
         *_common(weights, divisor, losses, total, metric, accumulate),
         _view(factor),
         _view(tails),
-        tails_known,
+        len(known) > 0,
+        _view(heads),
+        len(known) > 1,
         torch.get_num_threads(),
     )
+    if room:
+        derived.keep(operands[1:2], "teacher", (*known, *room), anchor=factor)
     _split_columns(operands, grads, augmented_grads)
     return True
 
@@ -110,30 +116,34 @@ def _factor(operands: Operands, augmented: Operands, accumulate: torch.dtype) ->
     frozen = methods.frozen(operands)
     found = derived.find(operands[2:], kind) if frozen else None
     if found is not None:
-        return found
+        (factor,), pivot = found
+        return factor, pivot
     width = sum(w.shape[1] for w in augmented[2:4] if w is not None)
     factor = torch.empty(width, width, dtype=accumulate)
     pivot = native.projection_alignment_factor(
         [_view(x) for x in augmented], _view(factor), _name(accumulate), torch.get_num_threads()
     )
     if frozen:
-        derived.keep(operands[2:], kind, factor, pivot)
+        derived.keep(operands[2:], kind, (factor,), pivot)
     return factor, pivot
 
 
-def _teacher_tails(
-    operands: Operands, grads: Sequence[Tensor | None], weights: Tensor | None, accumulate: torch.dtype
-) -> tuple[Tensor | None, bool]:
-    """‖y_t[d_s:]‖² of a teacher batch that was seen before, or room to write it down; None where neither applies."""
-    if weights is not None or grads[1] is not None or not methods.frozen(operands):
-        return None, False
-    key, kind = (operands[1], *operands[2:]), ("tails", accumulate, _native.module().isa())
-    found = derived.find(key, kind)
-    if found is not None:
-        return found[0], True
-    tails = torch.empty(operands[1].shape[0], dtype=torch.float64)  # type: ignore[union-attr]
-    derived.keep(key, kind, tails)
-    return tails, False
+def _teacher_coordinates(operands: Operands, factor: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What is known of the coordinates y_t of a teacher batch, and room for what is worth keeping next.
+
+    First come the tails ‖y_t[d_s:]‖² (N,), kept when a batch is first seen; then the heads y_t[:d_s] (N, d_s), as
+    large as the student, kept when it is seen again. Fresh batches thus cost no more than a number a point.
+    """
+    student, teacher = operands[:2]
+    assert student is not None and teacher is not None
+    found = derived.find((teacher,), "teacher", anchor=factor)
+    if found is None:
+        return (), (torch.empty(teacher.shape[0], dtype=torch.float64),)
+    known = found[0]
+    if len(known) > 1:
+        return known, ()
+    width = student.shape[1] + (operands[4] is not None)  # a bias is one more column
+    return known, (torch.empty(teacher.shape[0], width, dtype=factor.dtype),)
 
 
 def _biases_as_columns(
