@@ -111,6 +111,8 @@ def gram_cost(s: Sizes) -> Cost:
 def choose(method: str, s: Sizes) -> tuple[str, tuple[Cost, ...]]:
     """The method to run, and the costs that decided it. Raises ValueError for a method that does not apply."""
     costs = (direct_cost(s), gram_cost(s))
+    if method == "auto" and s.backend == "triton":
+        return "direct", costs  # gram has not been measured on a GPU yet: it runs where it is asked for
     if method == "auto":
         return min((c for c in costs if c.why_not is None), key=lambda c: c.weight).method, costs
     chosen = next(c for c in costs if c.method == method)

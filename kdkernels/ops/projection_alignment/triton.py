@@ -12,7 +12,9 @@ cos = ±1 it keeps the digits that 1 − cos loses:
              u, v, c -> losses, ∂s, ∂t, scaled rows | M += scaled rowsᵀ rows (matmuls); at the end ∂W = W M
 
 A block's buffers are reused, so memory is O(block · D). Sums are float32, in a fixed order, without atomics; nothing
-waits for the device. gram serves cosine in float32 (`method.gram_cost` says why).
+waits for the device. gram serves cosine in float32 (`method.gram_cost` says why). Near cos = ±1 what it leaves of ∂s
+and ∂W are the last digits of s G and W M, so G, M and W M are summed in float64, which GPUs for data centres do at the
+rate of float32.
 """
 # mypy: allow-untyped-defs
 
@@ -388,13 +390,13 @@ def _gram(
     grad_t, grad_W_t, grad_bias_t = grads[1::2]
     assert s is not None and t is not None and W_s is not None and W_t is not None
     W_s, W_t = _with_bias(W_s, bias_s), _with_bias(W_t, bias_t)  # (D, K_s), (D, K_t)
-    G_ss, G_st, G_tt = W_s.T @ W_s, W_s.T @ W_t, W_t.T @ W_t
+    G_ss, G_st, G_tt = _inner(W_s, W_s), _inner(W_s, W_t), _inner(W_t, W_t)
     K_s, K_t = G_st.shape
     needs_s = grad_W_s is not None or grad_bias_s is not None
     needs_t = grad_W_t is not None or grad_bias_t is not None
-    M_ss = W_s.new_zeros((K_s, K_s)) if needs_s else None
-    M_st = W_s.new_zeros((K_s, K_t)) if needs_s or needs_t else None
-    M_tt = W_s.new_zeros((K_t, K_t)) if needs_t else None
+    M_ss = W_s.new_zeros((K_s, K_s), dtype=torch.float64) if needs_s else None
+    M_st = W_s.new_zeros((K_s, K_t), dtype=torch.float64) if needs_s or needs_t else None
+    M_tt = W_s.new_zeros((K_t, K_t), dtype=torch.float64) if needs_t else None
 
     N = losses.shape[0]
     rows = _rows_per_block(N, 12 * (K_s + K_t))
@@ -419,12 +421,14 @@ def _gram(
         )  # fmt: skip
         for M, scaled, points in ((M_ss, u, s_block), (M_st, v, t_block), (M_tt, c, t_block)):
             if M is not None:
-                M.addmm_(scaled.T, points)
+                M.addmm_(scaled.T.double(), points.double())
 
-    if M_ss is not None and M_st is not None:
-        _split(torch.addmm(W_s @ M_ss, W_t, M_st.T), grad_W_s, grad_bias_s)
-    if M_tt is not None and M_st is not None:
-        _split(torch.addmm(W_s @ M_st, W_t, M_tt), grad_W_t, grad_bias_t)
+    for M_own, M_other, W, other, grad_W, grad_bias in (
+        (M_ss, None if M_st is None else M_st.T, W_s, W_t, grad_W_s, grad_bias_s),
+        (M_tt, M_st, W_t, W_s, grad_W_t, grad_bias_t),
+    ):
+        if M_own is not None and M_other is not None:
+            _split(torch.addmm(W.double() @ M_own, other.double(), M_other), grad_W, grad_bias)
 
 
 def _rows_per_block(N: int, row_bytes: int) -> int:
@@ -452,6 +456,11 @@ def _with_bias(W: Tensor, bias: Tensor | None) -> Tensor:
     """(D, d) or, with the bias as its last column, (D, d + 1), in float32."""
     W = W.to(torch.float32)
     return W if bias is None else torch.cat([W, bias.to(torch.float32)[:, None]], 1)
+
+
+def _inner(A: Tensor, B: Tensor) -> Tensor:
+    """AᵀB in float32, summed in float64."""
+    return (A.double().T @ B.double()).float()
 
 
 def _split(dW: Tensor, grad_W: Tensor | None, grad_bias: Tensor | None) -> None:
