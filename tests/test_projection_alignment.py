@@ -341,3 +341,23 @@ def test_offsets_beyond_32_bits(backend, dtype, tmp_path):
         operands = (student, *near.operands[1:])
         expected = loss(inputs, (inputs.operands[0], *near.operands[1:]), backend=backend)
         assert torch.equal(loss(inputs, operands, backend=backend), expected)
+
+
+@everywhere
+def test_a_gradient_belongs_to_whoever_gets_it(backend, method):
+    """A kept graph gives the same gradient again, whatever became of the first."""
+    inputs = make_inputs(frozen=("teacher",))
+    student, *rest = inputs.operands
+    student.requires_grad_()
+    value = loss(inputs, (student, *rest), backend=backend, method=method)
+    (first,) = torch.autograd.grad(value, student, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(value, student, retain_graph=True)
+    assert torch.equal(second, expected)
+    for times in (1, 2, 3):
+        value.backward(retain_graph=True)
+        assert relative_error(student.grad, times * expected) < 1e-6
+    student.grad.zero_()
+    value.backward()
+    assert torch.equal(student.grad, expected)

@@ -92,23 +92,29 @@ def _grad_like(x: Tensor | None, need: bool) -> Tensor:
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)
-    ctx.needs = inputs[9]
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+    ctx.grads = [g.detach() for g in output[1:]]  # undetached they would hold the node that holds them
 
 
 def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: Tensor | None) -> tuple[Any, ...]:
     if any(g is not None for g in grads_of_gradients):
         raise RuntimeError(TWICE)
-    grads = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
     if grad_total is None:
-        grads = [None] * len(grads)
+        return (None,) * 12
+    grads, ctx.grads = ctx.grads, None  # handed out once: whoever gets them may keep and change them
+    if grads is None or torch.is_grad_enabled():
+        # A graph that was kept, or a first derivative that will itself be differentiated: then TWICE shall be raised.
+        _, *grads = projection_alignment(*ctx.saved_tensors, *ctx.options)
+        grads = [g * grad_total for g in grads]
     elif not _is_one(grad_total):
-        grads = [None if g is None else g * grad_total for g in grads]
-    return *grads, None, None, None, None, None, None
+        grads = [g.mul_(grad_total) for g in grads]
+    needs = ctx.options[2]
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None, None
 
 
 def _is_one(x: Tensor) -> bool:
-    """Whether a scalar on the CPU is 1, as in `loss.backward()`: gradients then pass without a copy of their size.
+    """Whether a scalar on the CPU is 1, as in `loss.backward()`: one pass over the gradients less.
 
     A tensor that only stands for one (while tracing) or lives on a device is not asked.
     """
