@@ -1,6 +1,7 @@
 """For every test: memory that nobody wrote reads as NaN, and the same number of threads."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,15 @@ def environment() -> dict[str, str]:
     """For a Python of its own: this checkout first, one thread, and no instruction set forced."""
     found = {name: value for name, value in os.environ.items() if name != "KDKERNELS_ISA"}
     return found | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+@pytest.fixture
+def package_without_module(tmp_path: Path) -> Path:
+    """A folder with a copy of the package whose compiled module cannot be loaded."""
+    shutil.copytree(ROOT / "kdkernels", tmp_path / "kdkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    # an editable install would still find the checkout's: this one stands before it
+    (tmp_path / "kdkernels" / "_C.py").write_text("raise ImportError('undefined symbol: _ZTV')\n")
+    return tmp_path
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,7 @@
 """The table of backends, the choice, and a compiled module that is missing."""
 
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -97,9 +95,7 @@ def test_explain_names_the_ops_it_knows():
         kd.explain("softmax")
 
 
-def test_a_missing_module_is_said_once_and_the_reference_runs(tmp_path, environment):
-    package = Path(kd.__file__).parent
-    shutil.copytree(package, tmp_path / "kdkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+def test_a_missing_module_is_said_once_and_the_reference_runs(package_without_module, environment):
     program = (
         "import torch, kdkernels as kd; x = torch.ones(2, 3); "
         "a, b = (kd.projection_alignment_loss(x, -x) for _ in range(2)); "
@@ -108,8 +104,8 @@ def test_a_missing_module_is_said_once_and_the_reference_runs(tmp_path, environm
     )
     run = subprocess.run(
         [sys.executable, "-c", program],
-        env=environment | {"PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(package_without_module)},
+        cwd=package_without_module,
         capture_output=True,
         text=True,
     )
