@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,14 @@ def test_every_op_ends_with_a_reference_that_runs_anywhere():
 def test_every_backend_of_the_table_has_a_name_and_every_op_an_explanation():
     assert {row.backend for row in backend.TABLE} <= set(backend.BACKENDS)
     assert {row.op for row in backend.TABLE} == set(backend.EXPLAINERS)
+
+
+def test_the_readme_shows_the_table():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    for row in backend.TABLE:
+        devices = ", ".join(row.devices) or "any"
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+        assert f"| `{row.op}` | {row.backend} | {devices} | {dtypes} | yes |" in readme
 
 
 @pytest.mark.native
