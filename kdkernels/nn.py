@@ -1,13 +1,16 @@
 """Thin modules over the operators."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from kdkernels.backend import BACKENDS
 from kdkernels.contract import check_choice, check_tensor, show
 from kdkernels.ops.projection_alignment import projection_alignment_loss
+from kdkernels.ops.projection_alignment.method import METHODS
+from kdkernels.ops.projection_alignment.reference import METRICS
 
 Widths = int | Sequence[int] | Mapping[int, int]
 
@@ -29,7 +32,8 @@ class ProjectionAlignment(torch.nn.Module):
         teacher_widths: d_t, likewise.
         embedding_width: D.
         metric: `"cosine"`, `"mse"` or `"angular"`, as in `projection_alignment_loss`.
-        layer_weights: w, non-negative, one per pair and not all 0; only their ratios matter. Equal when None.
+        layer_weights: w, non-negative, one per pair and not all 0; only their ratios matter. Equal when None. A pair
+            of weight 0 is not computed.
         student_projection: `"learned"`, or `"none"` when the student's states already live in D.
         teacher_projection: `"learned"`; `"none"`; or frozen, for which a learned projection cannot collapse the
             teacher's space: `"orthogonal"` has orthonormal columns (rows, when D < d_t), uniformly distributed
@@ -76,8 +80,11 @@ class ProjectionAlignment(torch.nn.Module):
         super().__init__()
         check_choice("student_projection", student_projection, STUDENT_PROJECTIONS)
         check_choice("teacher_projection", teacher_projection, TEACHER_PROJECTIONS)
-        if embedding_width < 1:
-            raise ValueError(f"embedding_width is {embedding_width}, but must be at least 1")
+        check_choice("metric", metric, METRICS)
+        check_choice("method", method, METHODS)
+        check_choice("backend", backend, BACKENDS)
+        if not isinstance(embedding_width, int) or embedding_width < 1:
+            raise ValueError(f"embedding_width is {embedding_width!r}, but must be a whole number of at least 1")
         if bias and "learned" not in (student_projection, teacher_projection):
             raise ValueError("bias is True, but a bias goes with a learned projection and there is none")
         self.pairs = _checked_pairs(pairs)
@@ -136,14 +143,15 @@ class ProjectionAlignment(torch.nn.Module):
             TypeError: a state or the mask is no tensor.
             ValueError: a layer is missing or a shape does not fit; the message names the state.
         """
-        losses = self._losses(student_states, teacher_states, mask)
-        return torch.stack([w * loss for w, loss in zip(self.layer_weights, losses, strict=True)]).sum()
+        counted = [k for k, weight in enumerate(self.layer_weights) if weight > 0]
+        losses = self._losses(student_states, teacher_states, mask, counted)
+        return torch.stack([self.layer_weights[k] * loss for k, loss in zip(counted, losses, strict=True)]).sum()
 
     def pair_losses(
         self, student_states: Sequence[Tensor], teacher_states: Sequence[Tensor], mask: Tensor | None = None
     ) -> Tensor:
         """(pairs,): L_k, not weighted, of the arguments of `forward`."""
-        return torch.stack(self._losses(student_states, teacher_states, mask))
+        return torch.stack(self._losses(student_states, teacher_states, mask, range(len(self.pairs))))
 
     def extra_repr(self) -> str:
         shown = [f"pairs={self.pairs}", f"embedding_width={self.embedding_width}", f"metric={self.metric!r}"]
@@ -157,10 +165,15 @@ class ProjectionAlignment(torch.nn.Module):
         return ", ".join(shown)
 
     def _losses(
-        self, student_states: Sequence[Tensor], teacher_states: Sequence[Tensor], mask: Tensor | None
+        self,
+        student_states: Sequence[Tensor],
+        teacher_states: Sequence[Tensor],
+        mask: Tensor | None,
+        counted: Iterable[int],
     ) -> list[Tensor]:
         losses = []
-        for k, (i, j) in enumerate(self.pairs):
+        for k in counted:
+            i, j = self.pairs[k]
             student = _state("student", student_states, i, self.student_widths[k])  # (..., d_s)
             teacher = _state("teacher", teacher_states, j, self.teacher_widths[k])  # (..., d_t)
             teacher = self._in_student_frames(student, teacher, i, j)

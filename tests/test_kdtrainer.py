@@ -207,6 +207,23 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path, content):
         checkpoint.check_config(path, Config())
 
 
+def test_one_changed_byte_in_a_checkpoint_is_noticed(tmp_path):
+    model, optimizer = trained_a_little()
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, model, optimizer, Config(), checkpoint.Progress(3, 77, 1.5))
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="was damaged"):
+        checkpoint.restore(path, model, optimizer)
+
+
+def test_an_unusable_folder_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run_here("--out", str(tmp_path / "file"), "--steps", "1", "--teacher-steps", "1") == 2
+    assert "kdtrainer: " in capsys.readouterr().err
+
+
 def test_metrics_are_cut_back_to_what_the_checkpoint_vouches_for(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = metrics.MetricsLog(path)

@@ -371,3 +371,18 @@ def test_resampling_does_not_hide_another_batch():
 def test_exported():
     assert kd.nn.ProjectionAlignment is ProjectionAlignment
     assert issubclass(FrozenProjection, torch.nn.Module)
+
+
+def test_a_pair_of_weight_zero_is_not_computed():
+    module = aligned(layer_weights=(1, 0, 2))
+    student, teacher = states(STUDENT_WIDTHS, 4), states(TEACHER_WIDTHS, 4)
+    expected = (module.pair_losses(student, teacher)[[0, 2]] * torch.tensor([1, 2]) / 3).sum()
+    student[1] = student[1] * torch.nan
+    torch.testing.assert_close(module(student, teacher), expected)
+
+
+@pytest.mark.parametrize("options", [{"metric": "cos"}, {"method": "gramm"}, {"backend": "cuda"}])
+def test_options_of_the_operator_are_checked_at_once(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is .*, but must be one of"):
+        aligned(**options)

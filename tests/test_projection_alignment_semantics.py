@@ -357,3 +357,54 @@ def test_a_bias_without_a_projection_is_refused():
 def test_gram_without_projections_says_so():
     with pytest.raises(ValueError, match="method='gram' does not apply: "):
         kd.projection_alignment_loss(S, S, method="gram", backend="native")
+
+
+@pytest.mark.native
+def test_a_forward_mode_derivative_is_refused_not_lost():
+    draw = torch.Generator().manual_seed(0)
+    point, other, tangent = (torch.randn(6, 4, generator=draw) for _ in range(3))
+
+    def value(s, backend):
+        return kd.projection_alignment_loss(s, other, backend=backend)
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative on this backend; use backend='reference'"):
+        torch.func.jvp(lambda s: value(s, "native"), (point,), (tangent,))
+    _, derivative = torch.func.jvp(lambda s: value(s, "reference"), (point,), (tangent,))
+    step = 1e-3 * tangent
+    assert abs(derivative - (value(point + step, "native") - value(point - step, "native")) / 2e-3) < 1e-3
+
+
+@everywhere
+def test_any_float64_operand_makes_the_loss_float64(backend, method):
+    student, teacher, W_s, W_t, b_s, _ = make_inputs().operands
+    found = kd.projection_alignment_loss(
+        student, teacher, W_s, W_t, student_bias=b_s.double(), backend=backend, method=method
+    )
+    assert found.dtype is torch.float64
+
+
+def test_shapes_alone_are_enough_on_meta():
+    with torch.device("meta"):
+        operands = (torch.empty(8192, 768), torch.empty(8192, 1280), torch.empty(64, 768), torch.empty(64, 1280))
+    assert kd.projection_alignment_loss(*operands).shape == ()
+    assert kd.explain(kd.projection_alignment_loss, *operands).costs[0].flops > 0
+
+
+def test_complex_weights_are_refused():
+    with pytest.raises(TypeError, match=r"weights has dtype torch\.complex64, but must be real"):
+        kd.projection_alignment_loss(torch.ones(3, 2), torch.ones(3, 2), weights=torch.ones(3, dtype=torch.complex64))
+
+
+@pytest.mark.native
+def test_batches_cut_from_one_tensor_do_not_pile_up():
+    from kdkernels.ops.projection_alignment.frozen import CAPACITY_VALUES
+    from kdkernels.ops.projection_alignment.native import derived
+
+    student, _, W_s, W_t, *_ = make_inputs().operands
+    N, d_t = student.shape[0], W_t.shape[1]
+    epoch = torch.randn((CAPACITY_VALUES + 20) * N, d_t)
+    for i in range(CAPACITY_VALUES + 20):
+        kd.projection_alignment_loss(student, epoch[i * N : (i + 1) * N], W_s, W_t, method="gram")
+    assert len(derived._entries) <= CAPACITY_VALUES
+    del epoch
+    assert len(derived._entries) <= 50

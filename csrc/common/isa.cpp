@@ -38,14 +38,13 @@ const Isa table[] = {
     {"baseline", [] { return true; }, &baseline::projection_alignment},
 };
 
-const Isa& find(const std::string& name) {
+const Isa& find(const std::string& what, const std::string& name) {
   std::string choices;
   for (const Isa* isa : supported_isas()) {
     if (name == isa->name) return *isa;
     choices += (choices.empty() ? "" : ", ") + std::string(isa->name);
   }
-  throw std::invalid_argument("the instruction set is '" + name +
-                              "', but this build on this processor has: " + choices);
+  throw std::invalid_argument(what + " is '" + name + "', but this build on this processor has: " + choices);
 }
 
 std::atomic<const Isa*> selected{nullptr};
@@ -62,13 +61,13 @@ std::vector<const Isa*> supported_isas() {
 const Isa& current_isa() {
   if (const Isa* isa = selected.load()) return *isa;
   const char* forced = std::getenv("KDKERNELS_ISA");
-  const Isa& isa = forced && *forced ? find(forced) : *supported_isas().front();
+  const Isa& isa = forced && *forced ? find("KDKERNELS_ISA", forced) : *supported_isas().front();
   selected = &isa;
   return isa;
 }
 
 void select_isa(const std::string& name) {
-  selected = &find(name);
+  selected = &find("the instruction set", name);
 }
 
 }  // namespace kd

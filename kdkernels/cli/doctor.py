@@ -146,7 +146,7 @@ def show_machine(found: dict[str, Any]) -> None:
 def show_native(found: dict[str, Any]) -> None:
     """The compiled module, and how to mend it."""
     if failed(found):
-        print(f"compiled module: loaded, but broken: {found['failed']}; {_native.HOW_TO_MEND}")
+        print(f"compiled module: loaded, but it fails: {found['failed']}")
     elif not found["loaded"]:
         print(f"compiled module: missing. {found['reason']}\n  To mend it: {found['mend']}")
     else:

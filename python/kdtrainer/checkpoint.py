@@ -1,5 +1,6 @@
 """Checkpoints in safetensors: whole or not there, and enough to go on with the same bits."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -45,8 +46,13 @@ def save(path: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, confi
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in state.items()}
     tensors[RNG] = torch.get_rng_state()
-    metadata = {"config": json.dumps(config.as_json()), "progress": json.dumps(progress.__dict__)}
-    write_atomically(path, bytes_of({name: value.contiguous() for name, value in tensors.items()}, metadata))
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    metadata = {
+        "config": json.dumps(config.as_json()),
+        "progress": json.dumps(progress.__dict__),
+        "digest": _digest(tensors),
+    }
+    write_atomically(path, bytes_of(tensors, metadata))
 
 
 def restore(path: Path, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -91,11 +97,22 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name."""
+    """All tensors of a checkpoint, by name; not one bit of them other than it was saved."""
     try:
-        return tensors_from(path.read_bytes())
+        tensors = tensors_from(path.read_bytes())
     except SafetensorError as error:
         raise _damaged(path) from error
+    if _metadata(path).get("digest") != _digest(tensors):
+        raise _damaged(path)
+    return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _metadata(path: Path) -> dict[str, Any]:

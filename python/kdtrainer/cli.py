@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     again = f"add --resume to the same command to go on, bit for bit (checkpoints are in {chosen.out})"
     try:
         return DONE if digits.run(config, options) else OVER_BUDGET
-    except RunError as error:
+    except (RunError, OSError) as error:
         return complain(str(error), REFUSED)
     except (train.Interrupted, KeyboardInterrupt):
         return complain(f"interrupted; {again}", INTERRUPTED)

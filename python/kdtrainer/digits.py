@@ -73,6 +73,8 @@ def prepare(config: Config, options: Options) -> int:
         for path in found:
             path.unlink()
         return 0
+    if not found:
+        print(f"no checkpoint in {options.out}: the run starts from the beginning")
     for path in found:
         checkpoint.check_config(path, config)
     return max((checkpoint.progress(path).metrics_bytes for path in found), default=0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kdkernels import backend as backends
 from kdkernels.contract import Contract, check_choice, check_tensor
@@ -70,8 +71,9 @@ def projection_alignment_loss(
             cannot serve raises.
 
     Any mix of float32, bfloat16 and float16 is computed with float32 accumulation and returns a float32 loss; any
-    float64 argument makes both float64. Gradients have their argument's dtype. The accelerated backends are
-    differentiable once; the reference twice.
+    float64 argument but weights makes both float64. Gradients have their argument's dtype. The accelerated backends
+    are differentiable once, backwards; the reference any way. Below its clamp a norm is a constant to their gradient
+    too, where torch's `cosine_similarity`, and with it the reference, still differentiates it.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -136,12 +138,14 @@ def _prepare(
     operands = _autocast(operands)
     present = [x for x in operands if x is not None]
     chosen = backends.choose(OP, backend, student.device.type, {x.dtype for x in present})
+    if chosen.backend != "reference" and not torch.compiler.is_compiling():
+        _refuse_tangents(present)
 
     s, t, W_s, W_t, b_s, b_t = operands
     N = prod(sizes["..."])
     s, t = s.reshape(N, s.shape[-1]), t.reshape(N, t.shape[-1])
     if weights is not None:
-        weights = weights.reshape(N).to(reference.accumulation_dtype(*operands[:4]))
+        weights = weights.reshape(N).to(reference.accumulation_dtype(*operands))
     divisor, late_divisor = 1, None
     if reduction == "mean":
         # The mean's division goes into the points, so that gradients need no second pass; but float16 gradients would
@@ -174,7 +178,17 @@ def _as_weights(weights: Tensor | None) -> Tensor | None:
             "weights requires grad, but no gradient flows into weights: use reduction='none' and weigh the losses "
             "outside, or detach them"
         )
+    if weights.is_complex():
+        raise TypeError(f"weights has dtype {weights.dtype}, but must be real")
     return weights if weights.is_floating_point() else weights.to(torch.float32)
+
+
+def _refuse_tangents(tensors: list[Tensor]) -> None:
+    """Forward-mode derivatives would be lost without a word."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "projection_alignment_loss has no forward-mode derivative on this backend; use backend='reference'"
+        )
 
 
 def _nonzero(total: Tensor) -> Tensor:
@@ -185,7 +199,7 @@ def _nonzero(total: Tensor) -> Tensor:
 def _autocast(operands: Operands) -> Operands:
     """Under autocast a projected side is cast as `torch.nn.functional.linear` would cast it."""
     device = operands[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
     projected = (operands[2] is not None, operands[3] is not None) * 3

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-CAPACITY = 512 << 20  # bytes of derived values kept at most; the least recently used go first
+# What is kept at most; the least recently used goes first.
+CAPACITY_BYTES = 512 << 20
+CAPACITY_VALUES = 256
 
 
 def _owner(x: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class Derived:
         sources = [_owner(x) for x in present] + ([] if anchor is None else [anchor])
         owners = [weakref.ref(x, lambda _: self._entries.pop(key, None)) for x in sources]
         self._entries[key] = (owners, [self._fingerprint(x) for x in present], value, note)
-        while self._bytes() > CAPACITY and len(self._entries) > 1:
+        while len(self._entries) > 1 and (len(self._entries) > CAPACITY_VALUES or self._bytes() > CAPACITY_BYTES):
             self._entries.popitem(last=False)
 
     def _bytes(self) -> int:

@@ -9,6 +9,8 @@ Per point, with z_s = s W_sᵀ + b_s and z_t = t W_tᵀ + b_t in the shared D-di
 The angular loss is that of "Logit Distillation on Manifolds" (arXiv 2606.00771).
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,8 +71,9 @@ def weighted_losses(
 
     A point of weight 0 does not exist: whatever it holds (padding, NaN) reaches neither the loss nor a gradient.
     """
-    dtype = accumulation_dtype(student, teacher, student_proj, teacher_proj)
-    with torch.autocast(student.device.type, enabled=False):  # the operands were cast before
+    dtype = accumulation_dtype(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    device = student.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # operands were cast before
         s, t = student.to(dtype), teacher.to(dtype)
         projections = [None if x is None else x.to(dtype) for x in (student_proj, teacher_proj)]
         biases = [None if x is None else x.to(dtype) for x in (student_bias, teacher_bias)]

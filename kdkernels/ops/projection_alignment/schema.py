@@ -40,7 +40,7 @@ def projection_alignment(
 ) -> Outputs:
     """Σ_i weights_i · loss_i / divisor and its gradients in the order of `NAMES`; those not in `needs` are empty."""
     operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
-    total = student.new_empty((), dtype=accumulation_dtype(*operands[:4]))
+    total = student.new_empty((), dtype=accumulation_dtype(*operands))
     grads = [_grad_like(x, need) for x, need in zip(operands, needs, strict=True)]
     _implementation(backend).loss_and_gradients(operands, weights, metric, method, divisor, total, grads)
     return total, *grads  # type: ignore[return-value]
@@ -49,7 +49,7 @@ def projection_alignment(
 @projection_alignment.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     operands, needs = arguments[:6], arguments[9]
-    total = operands[0].new_empty((), dtype=accumulation_dtype(*operands[:4]))
+    total = operands[0].new_empty((), dtype=accumulation_dtype(*operands))
     return total, *(_grad_like(x, need) for x, need in zip(operands, needs, strict=True))
 
 
@@ -68,14 +68,14 @@ def projection_alignment_points(
 ) -> Tensor:
     """(N,): weights_i · loss_i."""
     operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
-    losses = student.new_empty(student.shape[0], dtype=accumulation_dtype(*operands[:4]))
+    losses = student.new_empty(student.shape[0], dtype=accumulation_dtype(*operands))
     _implementation(backend).losses(operands, weights, metric, method, losses)
     return losses
 
 
 @projection_alignment_points.register_fake
 def _(*arguments: Any) -> Tensor:
-    return arguments[0].new_empty(arguments[0].shape[0], dtype=accumulation_dtype(*arguments[:4]))
+    return arguments[0].new_empty(arguments[0].shape[0], dtype=accumulation_dtype(*arguments[:6]))
 
 
 def _implementation(backend: str) -> Any:

@@ -107,7 +107,7 @@ def exact_in_blocks(inputs: Inputs) -> Outcome:
 
 
 def workloads(quick: bool = False) -> list[Workload]:
-    """The cases of issue 2; `quick` shrinks every size and keeps the shapes' proportions."""
+    """The cases; `quick` shrinks every size and keeps the shapes' proportions."""
     shrink = 16 if quick else 1
     widths = {"d_s": 768 // shrink, "d_t": 1280 // shrink}
     N, one_sided_N = (512, 512) if quick else (8192, 16384)
