@@ -1,6 +1,7 @@
 """`python -m kdkernels`: doctor says what is here, validate whether it is right, bench how fast it is."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -21,7 +22,13 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

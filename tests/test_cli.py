@@ -40,6 +40,13 @@ def test_every_op_of_the_table_has_a_suite():
         assert len({w.name for w in suite(op).workloads()}) == len(suite(op).workloads())
 
 
+def test_a_reader_that_leaves_early_is_no_error(environment):
+    command = f"{sys.executable} -m kdkernels doctor --json | head -n 1"
+    result = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout == "{\n"
+    assert result.stderr == ""
+
+
 # ---- doctor
 
 
@@ -166,6 +173,12 @@ def test_bench_writes_json_and_a_picture(environment, tmp_path):
         assert row["ok"] and row["median_s"] > 0 and len(row["times_s"]) >= 3
         assert row["speedup_over_eager"] == pytest.approx(rows["eager"]["median_s"] / row["median_s"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_lists_the_cases_when_none_matches(environment):
+    result = kdkernels(environment, "bench", "--case", "no such case")
+    assert result.returncode == 2
+    assert "'no such case'" in result.stderr and "cosine, D=4096" in result.stderr
 
 
 def test_no_speed_beside_a_wrong_result(monkeypatch, capsys):

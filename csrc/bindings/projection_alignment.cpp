@@ -81,19 +81,6 @@ Grams make_grams(const Alignment& p, const View& factor, const MaybeView& teache
 
 void bind_projection_alignment(py::module_& m) {
   m.def(
-      "projection_alignment_direct",
-      [](const Six& operands, const Six& gradients, const MaybeView& weights, double divisor, const MaybeView& losses,
-         const MaybeView& total, const std::string& metric, const std::string& accumulate, int threads) {
-        check_threads(threads);
-        const Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
-        const auto& kernels = *current_isa().projection_alignment;
-        py::gil_scoped_release release;
-        kernels.direct(p, threads);
-      },
-      py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("divisor"), py::arg("losses"),
-      py::arg("total"), py::arg("metric"), py::arg("accumulate"), py::arg("threads"));
-
-  m.def(
       "projection_alignment_factor",
       [](const Six& operands, const View& factor, const std::string& accumulate, int threads) {
         check_threads(threads);
@@ -110,7 +97,7 @@ void bind_projection_alignment(py::module_& m) {
       [](const View& view, int threads) {
         check_threads(threads);
         if (view.col_stride != 1 && view.cols > 1) throw py::value_error("the rows must be contiguous");
-        const int64_t size = view.dtype == DType::float64 ? 8 : view.dtype == DType::float32 ? 4 : 2;
+        const int64_t size = size_of(view.dtype);
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
         return kernels.fingerprint(view.data, view.rows, view.cols * size, view.row_stride * size, threads);
@@ -118,21 +105,23 @@ void bind_projection_alignment(py::module_& m) {
       py::arg("view"), py::arg("threads"));
 
   m.def(
-      "projection_alignment_gram",
+      "projection_alignment",
       [](const Six& operands, const Six& gradients, const MaybeView& weights, double divisor, const MaybeView& losses,
-         const MaybeView& total, const std::string& metric, const std::string& accumulate, const View& factor,
-         const MaybeView& teacher_tails, bool tails_known, const MaybeView& teacher_heads, bool heads_known,
-         int threads) {
+         const MaybeView& total, const std::string& metric, const std::string& accumulate, int threads,
+         const MaybeView& factor, const MaybeView& teacher_tails, bool tails_known, const MaybeView& teacher_heads,
+         bool heads_known) {
         check_threads(threads);
         const Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
-        const Grams grams = make_grams(p, factor, teacher_tails, tails_known, teacher_heads, heads_known);
+        const Grams grams =
+            factor ? make_grams(p, *factor, teacher_tails, tails_known, teacher_heads, heads_known) : Grams{};
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
-        kernels.gram(p, grams, threads);
+        factor ? kernels.gram(p, grams, threads) : kernels.direct(p, threads);
       },
-      py::arg("operands"), py::arg("gradients"), py::arg("weights"), py::arg("divisor"), py::arg("losses"),
-      py::arg("total"), py::arg("metric"), py::arg("accumulate"), py::arg("factor"), py::arg("teacher_tails"),
-      py::arg("tails_known"), py::arg("teacher_heads"), py::arg("heads_known"), py::arg("threads"));
+      "By the direct method, or by the Gram method if its factor is given.", py::arg("operands"), py::arg("gradients"),
+      py::arg("weights"), py::arg("divisor"), py::arg("losses"), py::arg("total"), py::arg("metric"),
+      py::arg("accumulate"), py::arg("threads"), py::arg("factor") = py::none(), py::arg("teacher_tails") = py::none(),
+      py::arg("tails_known") = false, py::arg("teacher_heads") = py::none(), py::arg("heads_known") = false);
 }
 
 }  // namespace kd

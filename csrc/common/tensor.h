@@ -12,6 +12,10 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
 // A matrix with arbitrary strides (in elements); a vector has cols == 1. `data == nullptr` stands for "absent".
 struct View {
   void* data = nullptr;

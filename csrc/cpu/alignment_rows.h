@@ -32,38 +32,31 @@ inline PointGradient cosine_point(double a, double b, double c, bool angular) {
   return g;
 }
 
-// ⟨x, y⟩ over n elements, in a fixed order.
-template <class T>
-inline double dot(const T* x, const T* y, int64_t n) {
+// Σ term(i) over i < n, in a fixed order.
+template <class F>
+inline double sum(int64_t n, F&& term) {
   constexpr int lanes = 16;
-  double sum[lanes] = {};
+  double partial[lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes)
-    for (int l = 0; l < lanes; ++l) sum[l] += static_cast<double>(x[i + l]) * static_cast<double>(y[i + l]);
+    for (int l = 0; l < lanes; ++l) partial[l] += term(i + l);
   double total = 0;
-  for (int l = 0; l < lanes; ++l) total += sum[l];
-  for (; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  for (int l = 0; l < lanes; ++l) total += partial[l];
+  for (; i < n; ++i) total += term(i);
   return total;
 }
 
-// ‖x − y‖², and ‖x‖², in the same way.
+template <class T>
+inline double dot(const T* x, const T* y, int64_t n) {
+  return sum(n, [=](int64_t i) { return static_cast<double>(x[i]) * static_cast<double>(y[i]); });
+}
+
 template <class T>
 inline double squared_distance(const T* x, const T* y, int64_t n) {
-  constexpr int lanes = 16;
-  double sum[lanes] = {};
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes)
-    for (int l = 0; l < lanes; ++l) {
-      const double difference = static_cast<double>(x[i + l]) - static_cast<double>(y[i + l]);
-      sum[l] += difference * difference;
-    }
-  double total = 0;
-  for (int l = 0; l < lanes; ++l) total += sum[l];
-  for (; i < n; ++i) {
+  return sum(n, [=](int64_t i) {
     const double difference = static_cast<double>(x[i]) - static_cast<double>(y[i]);
-    total += difference * difference;
-  }
-  return total;
+    return difference * difference;
+  });
 }
 
 // The points that count: all of them, or those whose weight is not 0.
@@ -99,7 +92,7 @@ class RowReader {
   RowReader(const View& view, const Points<T>& points, int64_t block)
       : view_(view),
         points_(points),
-        in_place_(view.dtype == kStored && view.col_stride == 1 && points.all(view.rows)) {
+        in_place_(view.dtype == kDType<T> && view.col_stride == 1 && points.all(view.rows)) {
     if (!in_place_) buffer_ = Buffer<T>(block * view.cols);
   }
   // Make rows [begin, begin + count) of the points available at data(), stride() apart.
@@ -126,7 +119,6 @@ class RowReader {
   int64_t stride() const { return in_place_ ? view_.row_stride : view_.cols; }
 
  private:
-  static constexpr DType kStored = sizeof(T) == 8 ? DType::float64 : DType::float32;
   View view_;
   const Points<T>& points_;
   bool in_place_;
@@ -134,19 +126,12 @@ class RowReader {
   const T* data_ = nullptr;
 };
 
-// out[row] = T row, converted to what the tensor stores.
+// out[row] = from, converted to what the tensor stores; zero if there is nothing to write.
 template <class T>
 inline void write_row(const View& out, int64_t row, const T* from) {
   with_type(out.dtype, [&]<class S>(S*) {
     S* to = static_cast<S*>(out.data) + row * out.row_stride;
-    for (int64_t j = 0; j < out.cols; ++j) store(to + j, from[j]);
-  });
-}
-
-inline void zero_row(const View& out, int64_t row) {
-  with_type(out.dtype, [&]<class S>(S*) {
-    S* to = static_cast<S*>(out.data) + row * out.row_stride;
-    for (int64_t j = 0; j < out.cols; ++j) store(to + j, 0.f);
+    for (int64_t j = 0; j < out.cols; ++j) store(to + j, from ? from[j] : T{});
   });
 }
 
@@ -157,7 +142,7 @@ inline void zero_skipped(int threads, const Points<T>& points, const View& weigh
   const T* w = static_cast<const T*>(weights.data);
   parallel_chunks(threads, out.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      if (w[i * weights.row_stride] == 0) zero_row(out, i);
+      if (w[i * weights.row_stride] == 0) write_row<T>(out, i, nullptr);
   });
 }
 
@@ -166,7 +151,7 @@ template <class T>
 class Accumulator {
  public:
   explicit Accumulator(const View& out) : out_(out) {
-    if (out.dtype != (sizeof(T) == 8 ? DType::float64 : DType::float32)) buffer_ = Buffer<T>(out.rows * out.cols);
+    if (out.dtype != kDType<T>) buffer_ = Buffer<T>(out.rows * out.cols);
     data_ = buffer_.get() ? buffer_.get() : static_cast<T*>(out.data);
   }
   T* data() const { return data_; }
@@ -180,7 +165,7 @@ class Accumulator {
     parallel_chunks(threads, out_.rows, kRowGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (!started_)
-          zero_row(out_, i);
+          write_row<T>(out_, i, nullptr);
         else if (buffer_.get())
           write_row(out_, i, data_ + i * out_.cols);
       }

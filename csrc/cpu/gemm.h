@@ -21,9 +21,6 @@ struct Operand {
 };
 
 template <class T>
-constexpr DType kDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
-
-template <class T>
 Operand<T> operand(const T* data, int64_t row_stride, int64_t col_stride = 1) {
   return {data, kDType<T>, row_stride, col_stride};
 }
@@ -106,59 +103,74 @@ inline void transpose(Vector<T> (&v)[kLanes<T>]) {
   }
 }
 
-// Pack `width` lines of an operand, `depth` long, so that line i's element k lands at out[k·width + i]; lines from
-// `valid` on are zero. Writes up to a vector beyond the end.
-template <int width, class T, class S>
-inline void pack_lines(const S* data, int64_t line_stride, int64_t k_stride, int64_t valid, int64_t depth,
-                       const T* scale, T* out) {
-  constexpr int lanes = kLanes<T>, groups = (width + lanes - 1) / lanes;
-  int64_t k = 0;
-  if (valid == width && line_stride == 1) {
-    for (; k < depth; ++k) {
-      const S* line = data + k * k_stride;
-      T* to = out + k * width;
-      const T factor = scale ? scale[k] : T(1);
-      constexpr int vectors = width / lanes;
-      for (int g = 0; g < vectors; ++g)
-        *reinterpret_cast<UnalignedVector<T>*>(to + g * lanes) = factor * load_vector<T>(line + g * lanes);
-      for (int i = vectors * lanes; i < width; ++i) to[i] = factor * load<T>(line + i);
-    }
-  } else if (valid == width && k_stride == 1) {
-    for (; k + lanes <= depth; k += lanes) {
-      Vector<T> squares[groups][lanes];
-#pragma GCC unroll 8
-      for (int g = 0; g < groups; ++g) {
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) {
-          const int line = g * lanes + i < width ? g * lanes + i : width - 1;  // repeated lines are overwritten
-          squares[g][i] = load_vector<T>(data + line * line_stride + k);
-        }
-        transpose<T>(squares[g]);
-      }
-#pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) {  // in the order of k: what a store writes too much the next one mends
-        const T factor = scale ? scale[k + l] : T(1);
-#pragma GCC unroll 8
-        for (int g = 0; g < groups; ++g)
-          *reinterpret_cast<UnalignedVector<T>*>(out + (k + l) * width + g * lanes) = factor * squares[g][l];
-      }
-    }
-  }
-  for (; k < depth; ++k) {
+// A strip is `width` lines of an operand, `depth` long, packed so that line i's element k lands at out[k·width + i].
+
+// `strips` whole strips of lines that lie beside each other: whole cache lines of the operand are read at a time.
+template <int strips, int width, class T, class S>
+inline void pack_adjacent(const S* data, int64_t k_stride, int64_t depth, const T* scale, T* out) {
+  for (int64_t k = 0; k < depth; ++k, data += k_stride) {
     const T factor = scale ? scale[k] : T(1);
-    for (int64_t i = 0; i < width; ++i)
-      out[k * width + i] = i < valid ? factor * load<T>(data + i * line_stride + k * k_stride) : T{};
+#pragma GCC unroll 4
+    for (int s = 0; s < strips; ++s)
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) out[(s * depth + k) * width + i] = factor * load<T>(data + s * width + i);
   }
 }
 
-// Lines [line, line + width) and k in [k, k + depth) of an operand whose lines are its rows.
+// One strip whose lines are contiguous: squares of vectors are transposed. Writes up to a vector beyond the end.
+template <int width, class T, class S>
+inline int64_t pack_contiguous(const S* data, int64_t line_stride, int64_t depth, const T* scale, T* out) {
+  constexpr int lanes = kLanes<T>, groups = (width + lanes - 1) / lanes;
+  int64_t k = 0;
+  for (; k + lanes <= depth; k += lanes) {
+    Vector<T> squares[groups][lanes];
+#pragma GCC unroll 8
+    for (int g = 0; g < groups; ++g) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        const int line = g * lanes + i < width ? g * lanes + i : width - 1;  // repeated lines are overwritten
+        squares[g][i] = load_vector<T>(data + line * line_stride + k);
+      }
+      transpose<T>(squares[g]);
+    }
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) {  // in the order of k: what a store writes too much the next one mends
+      const T factor = scale ? scale[k + l] : T(1);
+#pragma GCC unroll 8
+      for (int g = 0; g < groups; ++g)
+        *reinterpret_cast<UnalignedVector<T>*>(out + (k + l) * width + g * lanes) = factor * squares[g][l];
+    }
+  }
+  return k;
+}
+
+// Strip after strip: lines [line, end) of an operand whose lines are its rows, and k in [k0, k0 + depth). Lines from
+// `lines` on are zero.
 template <int width, class T>
-inline void pack(const Operand<T>& x, int64_t line, int64_t lines, int64_t k, int64_t depth, T* out) {
-  const int64_t offset = line * x.row_stride + k * x.col_stride;
-  const T* scale = x.scale ? x.scale + k : nullptr;
+inline void pack(const Operand<T>& x, int64_t line, int64_t end, int64_t lines, int64_t k0, int64_t depth, T* out) {
+  constexpr int together = 4;
+  const T* scale = x.scale ? x.scale + k0 : nullptr;
   with_type(x.dtype, [&]<class S>(S*) {
-    pack_lines<width>(static_cast<const S*>(x.data) + offset, x.row_stride, x.col_stride,
-                      min<int64_t>(width, lines - line), depth, scale, out);
+    const S* data = static_cast<const S*>(x.data) + k0 * x.col_stride;
+    for (int strips = 1; line < end; line += strips * width, out += strips * width * depth) {
+      const S* from = data + line * x.row_stride;
+      const int64_t valid = min<int64_t>(width, lines - line);
+      strips = 1;
+      int64_t k = 0;
+      if (x.row_stride == 1 && line + together * width <= min(end, lines)) {
+        strips = together;
+        pack_adjacent<together, width>(from, x.col_stride, k = depth, scale, out);
+      } else if (x.row_stride == 1 && valid == width) {
+        pack_adjacent<1, width>(from, x.col_stride, k = depth, scale, out);
+      } else if (x.col_stride == 1 && valid == width) {
+        k = pack_contiguous<width>(from, x.row_stride, depth, scale, out);
+      }
+      for (; k < depth; ++k) {
+        const T factor = scale ? scale[k] : T(1);
+        for (int64_t i = 0; i < width; ++i)
+          out[k * width + i] = i < valid ? factor * load<T>(from + i * x.row_stride + k * x.col_stride) : T{};
+      }
+    }
   });
 }
 
@@ -199,17 +211,17 @@ void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T>
         return band.kind == Band::lower ? k0 <= max<int64_t>(j - band.offset, 0) : k0 == 0;
       };
       parallel_chunks(threads, strips, 8, [&](int64_t begin, int64_t end) {
-        for (int64_t s = begin; s < end; ++s) {
-          const int64_t j = j0 + s * cols;
-          if (first(j) < last(j)) pack<cols>(Bt, j, N, k0, kc, packed_b.get() + s * cols * kc);
-        }
+        auto empty = [&](int64_t s) { return first(j0 + s * cols) >= last(j0 + s * cols); };
+        while (begin < end && empty(begin)) ++begin;
+        while (begin < end && empty(end - 1)) --end;
+        pack<cols>(Bt, j0 + begin * cols, j0 + end * cols, N, k0, kc, packed_b.get() + begin * cols * kc);
       });
       parallel_for(threads, row_panels * col_parts, [&](int64_t task, int worker) {
         const int64_t i0 = task / col_parts * panel_rows, i1 = min(M, i0 + panel_rows);
         const int64_t part = ceil_div(strips, col_parts), s0 = task % col_parts * part, s1 = min(strips, s0 + part);
         if (band.kind == Band::symmetric && i0 >= j0 + min(s1 * cols, n)) return;
         T* a = packed_a.get() + worker * room_a;
-        for (int64_t i = i0; i < i1; i += rows) pack<rows>(A, i, i1, k0, kc, a + (i - i0) * kc);
+        pack<rows>(A, i0, i1, i1, k0, kc, a);
         for (int64_t s = s0; s < s1; ++s) {
           const int64_t j = j0 + s * cols, kb = first(j), ke = last(j);
           if (kb >= ke) continue;

@@ -57,6 +57,10 @@ constexpr int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
+// How a tensor stores what is computed in T.
+template <class T>
+constexpr DType kDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
+
 // Conversions between what a tensor stores and what is computed with.
 template <class T>
 inline T load(const float* p) {

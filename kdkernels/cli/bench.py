@@ -74,6 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         for workload in suite(op).workloads(arguments.quick)
         if fnmatch(workload.name, arguments.case)
     ]
+    if not workloads:
+        names = "\n  ".join(w.name for op in arguments.op or SUITES for w in suite(op).workloads(arguments.quick))
+        print(f"no case matches {arguments.case!r}; the cases are\n  {names}", file=sys.stderr)
+        return 2
     rates = measure_rates(arguments.device, (torch.float32, torch.bfloat16), quick=arguments.quick)
     memory = not (arguments.no_memory or arguments.quick)
     if (load := os.getloadavg()[0]) > 0.5 and arguments.device == "cpu":

@@ -69,9 +69,7 @@ def _run(
     arguments = (weights, divisor, losses, total, metric, accumulate)
     if chosen == "gram" and _run_gram(operands, grads, *arguments):
         return
-    _native.module().projection_alignment_direct(
-        [_view(x) for x in operands], [_view(g) for g in grads], *_common(*arguments), torch.get_num_threads()
-    )
+    _call(operands, grads, *arguments)
 
 
 def _run_gram(
@@ -92,16 +90,20 @@ def _run_gram(
     steady = weights is None and grads[1] is None and methods.frozen(operands)
     known, room = _teacher_coordinates(operands, factor) if steady else ((), ())
     tails, heads = (*known, *room, None, None)[:2]
-    _native.module().projection_alignment_gram(
-        [_view(x) for x in augmented],
-        [_view(g) for g in augmented_grads],
-        *_common(weights, divisor, losses, total, metric, accumulate),
-        _view(factor),
-        _view(tails),
-        len(known) > 0,
-        _view(heads),
-        len(known) > 1,
-        torch.get_num_threads(),
+    _call(
+        augmented,
+        augmented_grads,
+        weights,
+        divisor,
+        losses,
+        total,
+        metric,
+        accumulate,
+        factor=_view(factor),
+        teacher_tails=_view(tails),
+        tails_known=len(known) > 0,
+        teacher_heads=_view(heads),
+        heads_known=len(known) > 1,
     )
     if room:
         derived.keep(operands[1:2], "teacher", (*known, *room), anchor=factor)
@@ -181,15 +183,29 @@ def _split_columns(operands: Operands, grads: Sequence[Tensor | None], room: Seq
             bias.copy_(room[2 + side][:, -1])  # type: ignore[index]
 
 
-def _common(
+def _call(
+    operands: Operands,
+    grads: Sequence[Tensor | None],
     weights: Tensor | None,
     divisor: int,
     losses: Tensor | None,
     total: Tensor | None,
     metric: str,
     accumulate: torch.dtype,
-) -> tuple[object, ...]:
-    return _view(weights), divisor, _view(losses), _view(total), metric, _name(accumulate)
+    **grams: object,
+) -> None:
+    _native.module().projection_alignment(
+        [_view(x) for x in operands],
+        [_view(g) for g in grads],
+        _view(weights),
+        divisor,
+        _view(losses),
+        _view(total),
+        metric,
+        _name(accumulate),
+        torch.get_num_threads(),
+        **grams,
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
