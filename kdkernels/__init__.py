@@ -2,7 +2,17 @@
 
 from kdkernels import nn
 from kdkernels.backend import explain, use_backend
+from kdkernels.ops.lora_linear import LoRA, lora_linear, lora_linear_group
 from kdkernels.ops.projection_alignment import projection_alignment_loss
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "explain", "nn", "projection_alignment_loss", "use_backend"]
+__all__ = [
+    "LoRA",
+    "__version__",
+    "explain",
+    "lora_linear",
+    "lora_linear_group",
+    "nn",
+    "projection_alignment_loss",
+    "use_backend",
+]

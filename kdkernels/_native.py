@@ -8,6 +8,9 @@ import importlib
 import warnings
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 HOW_TO_MEND = "reinstall with `pip install .` (it needs a C++20 compiler); `python -m kdkernels doctor` says more"
 
 _module: ModuleType | None = None
@@ -33,3 +36,17 @@ def module() -> ModuleType:
 def why_not() -> str | None:
     """None when the compiled module is there, else the reason in one line."""
     return None if _error is None else f"the compiled module cannot be loaded ({_error})"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What the compiled module calls a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def view(x: Tensor | None) -> object:
+    """A matrix as the compiled module sees it: vectors are one column, scalars one element."""
+    if x is None:
+        return None
+    rows, cols = (*x.shape, 1, 1)[:2]
+    row_stride, col_stride = (*x.stride(), 1, 1)[:2]
+    return module().View(x.data_ptr(), dtype_name(x.dtype), rows, cols, row_stride, col_stride)

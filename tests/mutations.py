@@ -19,6 +19,8 @@ class Mutation(NamedTuple):
 TRITON = "kdkernels/ops/projection_alignment/triton.py"
 ALIGNMENT = "csrc/cpu/projection_alignment.cpp"
 ROWS = "csrc/cpu/alignment_rows.h"
+LORA = "csrc/cpu/lora_linear.cpp"
+LOW_RANK = "csrc/cpu/low_rank.h"
 
 TRITON_KERNELS = [
     Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
@@ -44,4 +46,10 @@ NATIVE_KERNELS = [
     Mutation("RowReader", ROWS, "points_.row(begin + i) * view_.row_stride", "(begin + i) * view_.row_stride"),
     Mutation("gemm", "csrc/cpu/gemm.h", "return band.kind == Band::lower ? k0 <= max<int64_t>(j - band.offset, 0) : k0 == 0;", "return true;"),
     Mutation("cholesky", "csrc/cpu/cholesky.h", "row[j] -= factor * above[j];", "row[j] += factor * above[j];"),
+    Mutation("project", LOW_RANK, "out[(i + q) * r + s * cols + c] = scale * sums[q * cols + c];", "out[(i + q) * r + s * cols + c] = sums[q * cols + c];"),
+    Mutation("OuterSum", LOW_RANK, "started_ || i > begin);", "started_ || i >= begin);"),
+    Mutation("Dropout", "csrc/cpu/dropout.h", "return word >= limit ? scale * x : T{};", "return word >= limit ? x : T{};"),
+    Mutation("forward", LORA, "const Term<T> own = low_rank(member, row, scaling);", "const Term<T> own = low_rank(layer, row, scaling);"),
+    Mutation("add_dropped", LORA, "dropout.apply(begin + i + q, 0, d, row, dropped);", "dropout.apply(i + q + 1, 0, d, row, dropped);"),
+    Mutation("differentiate_input", LORA, "if (call.base_done || leader(call, k, same) < k) continue;", "if (call.base_done) continue;"),
 ]  # fmt: skip

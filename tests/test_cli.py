@@ -15,6 +15,7 @@ from kdkernels.cli import bench, doctor, table
 from kdkernels.cli import validate as validation
 from kdkernels.ops.projection_alignment import api
 from kdkernels.testing import SUITES, suite
+from kdkernels.testing.compare import Deviation
 from kdkernels.testing.memory import peak_extra_bytes
 from kdkernels.testing.timing import interleave, medians
 
@@ -64,7 +65,8 @@ def test_doctor_json(environment):
     assert report["machine"]["packages"]["torch"] == torch.__version__
     rows = {(row["device"], row["dtype"]): row["backend"] for row in report["backends"]}
     assert rows["cpu", "float16"] == "reference"
-    assert all(check["ok"] and check["error"] < doctor.TOLERANCE for check in report["self_check"])
+    assert {check["op"] for check in report["self_check"]} == set(SUITES)
+    assert all(check["ok"] and check["error"] <= check["budget"] for check in report["self_check"])
     assert report["native"]["loaded"] == (_native.why_not() is None)
 
 
@@ -98,7 +100,7 @@ def test_doctor_says_how_to_mend_a_missing_module(environment, package_without_m
 
 
 def test_doctor_fails_when_the_self_check_does(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "largest_error", lambda *_: 0.5)
+    monkeypatch.setattr(doctor, "worst", lambda _: Deviation("loss", 0.5, 1e-6))
     assert doctor.run(Namespace(json=False)) == 1
     assert "self-check: FAILED" in capsys.readouterr().out
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import kdkernels as kd
+from kdkernels.nn import lora_linear, projection_alignment
 from kdtrainer import checkpoint, cli, data, metrics, models
 from kdtrainer.compare import deviation
 from kdtrainer.config import TEACHERS, Config
@@ -23,6 +24,7 @@ from kdtrainer.errors import RunError
 QUICK = ("--teachers", "mlp,cnn", "--teacher-steps", "6", "--steps", "40", "--checkpoint-every", "4")
 SHORT = (*QUICK, "--backend", "reference")
 SHORT_STEPS = 2 * 6 + 3 * 40
+LORA = ("--lora-rank", "4")
 TASKS = ("mlp", "cnn", "student", "student-all-labels", "distilled")
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
@@ -83,6 +85,15 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def uninterrupted_lora(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted_lora")
+    code, output, errors = finish(start(*SHORT, *LORA, "--out", out))
+    assert code == 0, errors
+    assert "LoRA of rank 4 trains 808 parameters: 0.75% of the teachers' 107,604" in output
+    return out
+
+
 # Data and models
 
 
@@ -102,6 +113,14 @@ def test_labelled_images_are_as_many_of_each_class_and_drawn_by_the_seed():
     assert torch.bincount(a.train_labels[a.labelled]).tolist() == [7] * 10
     assert len(set(a.labelled.tolist())) == 70
     assert torch.equal(a.labelled, again.labelled) and not torch.equal(a.labelled, b.labelled)
+
+
+def test_more_labelled_images_than_there_are_is_refused(tmp_path, capsys):
+    most = int(torch.bincount(data.load(1, seed=0).train_labels).min())
+    assert len(data.load(most, seed=0).labelled) == 10 * most
+    assert run_here("--labels", most + 1, "--out", tmp_path) == cli.REFUSED
+    assert f"--labels is {most + 1}, but must be at most {most}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_teachers_are_of_different_architectures_and_larger_than_the_student():
@@ -138,6 +157,49 @@ def test_the_distilled_student_learns_from_the_alignment():
         "student.head.bias",
     }
     assert {name.split(".")[1] for name in names if name.startswith("aligners")} == set(TEACHERS)
+
+
+@pytest.mark.parametrize(
+    "make, linear", [(models.student, ("hidden.0", "hidden.1", "head")), (models.CNN, ("hidden", "head"))]
+)
+def test_adapting_freezes_a_model_and_changes_nothing_yet(make, linear):
+    model, images = make(), torch.rand(5, 64)
+    logits, states = model(images)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    models.adapt(model, 4, "reference")
+    for ours, theirs in zip((model(images)[0], *model(images)[1]), (logits, *states), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{layer}.lora_{x}" for layer in linear for x in "AB"}
+
+
+def test_rank_4_trains_less_than_a_hundredth_of_the_teachers_parameters():
+    model = models.student()
+    models.adapt(model, 4, "reference")
+    teachers = sum(models.parameter_count(make()) for make in models.TEACHERS.values())
+    assert models.trained_parameter_count(model) == 4 * ((64 + 32) + (32 + 32) + (32 + 10)) < 0.01 * teachers
+
+
+@pytest.mark.parametrize("metric", ["cosine", "mse", "angular"])
+def test_with_lora_the_teachers_logits_reach_the_adapters_alone(metric):
+    digits, config = data.load(2, seed=0), Config(alignment_weight=3.0, lora_rank=2, metric=metric)
+    teachers = [(name, models.TEACHERS[name]()) for name in TEACHERS]
+    torch.manual_seed(0)
+    student = models.student()
+    models.adapt(student, 2, "reference")
+    task = distillation_task("distilled", student, teachers, digits, config, 1e-3, "reference")
+    losses = task.losses()
+    torch.testing.assert_close(losses["loss"], losses["cross_entropy"] + 3 * losses["alignment"])
+    losses["alignment"].backward()
+    trained = {name for name, p in task.trained.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    assert {name for name, p in task.trained.named_parameters() if p.grad is not None and p.grad.any()} == {
+        name
+        for name in trained
+        if name.endswith("lora_B")  # lora_A waits for a B that is not 0
+    }
+    assert all(p.grad is None for _, teacher in teachers for p in teacher.parameters())
 
 
 # Checkpoints
@@ -239,6 +301,13 @@ def test_metrics_are_cut_back_to_what_the_checkpoint_vouches_for(tmp_path):
         metrics.MetricsLog(path, 10_000)
 
 
+def test_metrics_that_are_gone_are_said_to_be(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(RunError, match=r"metrics\.jsonl is missing, .* put it back, or start afresh, without --resume"):
+        metrics.MetricsLog(path, 77)
+    assert not path.exists(), "an empty file in its place would be said to have been changed"
+
+
 # Whole runs
 
 
@@ -315,6 +384,76 @@ def test_every_field_of_the_config_is_guarded(tmp_path):
             checkpoint.check_config(path, replace(Config(), **{name: other}))
 
 
+# --lora-rank
+
+
+def test_a_lora_run_reports_what_it_trains(uninterrupted, uninterrupted_lora):
+    report = json.loads((uninterrupted_lora / "report.json").read_text())
+    teachers = 85_002 + 22_602
+    assert report["lora"] == {
+        "rank": 4, "trained_parameters": 808, "teachers_parameters": teachers, "share": 808 / teachers,
+    }  # fmt: skip
+    rows = {row["name"]: row for row in report["models"]}
+    assert rows["distilled"]["trained_parameters"] == 808 and rows["distilled"]["parameters"] == 3466 + 808
+    assert rows["student"]["trained_parameters"] == rows["student"]["parameters"] == 3466
+    assert "LoRA of rank 4" in rows["distilled"]["trained_on"]
+
+    report = json.loads((uninterrupted / "report.json").read_text())
+    rows = {row["name"]: row for row in report["models"]}
+    projections = sum(2 * 64 * (32 + 1) for _ in ("mlp", "cnn"))
+    assert report["lora"] is None and rows["distilled"]["trained_parameters"] == 3466 + projections
+    assert "LoRA" not in rows["distilled"]["trained_on"]
+
+
+def test_lora_starts_from_the_plain_student_and_leaves_it_frozen(uninterrupted, uninterrupted_lora):
+    plain, adapted = (
+        checkpoint.weights(uninterrupted_lora / "checkpoints" / f"{task}.safetensors")
+        for task in ("student", "distilled")
+    )
+    for name, value in plain.items():
+        assert torch.equal(adapted[f"student.{name}"], value), name
+    adapters = adapted.keys() - {f"student.{name}" for name in plain}
+    assert len(adapters) == 6 and all(adapted[name].any() for name in adapters)
+    without, with_lora = (final_state(out)[0] for out in (uninterrupted, uninterrupted_lora))
+    assert all(torch.equal(without["student"][name], value) for name, value in with_lora["student"].items())
+
+
+@pytest.mark.parametrize("least, most", [(55, 90), (95, SHORT_STEPS - 8)])
+def test_a_killed_lora_run_resumes_to_the_same_bits(uninterrupted_lora, tmp_path, least, most):
+    moment = random.randint(least, most)
+    process = start(*SHORT, *LORA, "--out", tmp_path)
+    while lines_of(tmp_path) < moment and process.poll() is None:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    code, _, errors = finish(process)
+    assert code == -signal.SIGKILL, f"it ended before it could be killed at line {moment}: {errors}"
+    assert run_here(*SHORT, *LORA, "--out", tmp_path, "--resume") == cli.DONE
+    assert_same_bits(final_state(tmp_path), final_state(uninterrupted_lora))
+
+
+@pytest.mark.parametrize("rank", ["0", "5"])
+def test_resuming_with_another_rank_is_refused(uninterrupted_lora, capsys, rank):
+    before = final_state(uninterrupted_lora)
+    assert run_here(*SHORT, "--lora-rank", rank, "--out", uninterrupted_lora, "--resume") == cli.REFUSED
+    assert f"lora_rank was 4 and is now {rank}" in capsys.readouterr().err
+    assert_same_bits(final_state(uninterrupted_lora), before)
+
+
+def test_lora_learns_from_the_teachers(tmp_path):
+    """What a student of 100 labels lacks it gets through 808 parameters."""
+    steps = ("--teachers", "mlp,cnn", "--teacher-steps", "100", "--steps", "150", "--backend", "reference")
+    assert run_here(*steps, *LORA, "--out", tmp_path) == cli.DONE
+    report = json.loads((tmp_path / "report.json").read_text())
+    accuracy = {row["name"]: row["accuracy"] for row in report["models"]}
+    assert accuracy["distilled"] > max(0.9, accuracy["student"] + 0.03)
+
+
+def test_lora_has_no_projections_for_the_gram_method(tmp_path, capsys):
+    assert run_here(*QUICK, *LORA, "--method", "gram", "--out", tmp_path) == cli.REFUSED
+    assert "--method gram needs projections" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 # --compare
 
 
@@ -343,13 +482,28 @@ def test_compare_fails_under_a_budget_that_rounding_exceeds(tmp_path, capsys):
 
 @needs_accelerated
 def test_compare_fails_when_a_backend_is_wrong(tmp_path, monkeypatch, capsys):
-    right = kd.nn.projection_alignment_loss
+    right = projection_alignment.projection_alignment_loss
 
     def one_per_mille_off(*arguments, backend, **options):
         return right(*arguments, backend=backend, **options) * (1 if backend == "reference" else 1.001)
 
-    monkeypatch.setattr(kd.nn, "projection_alignment_loss", one_per_mille_off)
+    monkeypatch.setattr(projection_alignment, "projection_alignment_loss", one_per_mille_off)
     assert run_here(*COMPARED, "--out", tmp_path) == cli.OVER_BUDGET
+    assert "ABOVE the budget" in capsys.readouterr().out
+
+
+@needs_accelerated
+def test_compare_with_lora_is_within_budget_unless_an_adapter_is_wrong(tmp_path, monkeypatch, capsys):
+    assert run_here(*COMPARED, *LORA, "--out", tmp_path / "right") == cli.DONE
+    assert "within the budget" in capsys.readouterr().out
+    right = lora_linear.lora_linear
+
+    def one_per_mille_off(*arguments, scaling, backend, **options):
+        wrong = scaling * (1 if backend == "reference" else 1.001)
+        return right(*arguments, scaling=wrong, backend=backend, **options)
+
+    monkeypatch.setattr(lora_linear, "lora_linear", one_per_mille_off)
+    assert run_here(*COMPARED, *LORA, "--out", tmp_path / "wrong") == cli.OVER_BUDGET
     assert "ABOVE the budget" in capsys.readouterr().out
 
 
@@ -377,7 +531,16 @@ def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         run_here("--help")
     text = capsys.readouterr().out
-    for option in ("--out", "--resume", "--compare", "--teachers", "--checkpoint-every", "--budget", "--threads"):
+    for option in (
+        "--out",
+        "--resume",
+        "--compare",
+        "--teachers",
+        "--lora-rank",
+        "--checkpoint-every",
+        "--budget",
+        "--threads",
+    ):
         assert option in text
     assert "None" not in text
 
@@ -390,6 +553,7 @@ def test_help(capsys):
         (("--teachers", "mlp,rnn"), "'rnn' is no teacher, must be of mlp, cnn, transformer"),
         (("--steps", "0"), "0 is too small, must be at least 1"),
         (("--steps", "many"), "'many' is no number"),
+        (("--lora-rank", "-1"), "-1 is too small, must be at least 0"),
         (("--budget", "nan"), "too small"),
         (("--metric", "euclid"), "invalid choice: 'euclid'"),
         (("--epochs", "3"), "unrecognized arguments"),

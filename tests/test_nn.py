@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -315,6 +316,9 @@ def test_repr_tells_the_configuration():
         ({"student_widths": {0: 5}}, "student_widths has no entry for layer 1"),
         ({"student_widths": (5, 0, 7)}, "student_widths gives layer 1 a width of 0"),
         ({"width": 0}, "embedding_width is 0"),
+        ({"width": "12"}, "embedding_width is '12', but must be a whole number"),
+        ({"pairs": "ab"}, r"pairs holds \('a',\), but must hold"),
+        ({"pairs": ((0, 1.0),)}, r"pairs holds \(0, 1.0\), but must hold"),
         ({"shared": True}, "student_widths holds 6, but must be 5: one width, for shared is True"),
         ({"student_projection": "none"}, "student_widths holds 5, but must be 12"),
         ({"teacher_projection": "none"}, "teacher_widths holds 8, but must be 12"),
@@ -361,6 +365,40 @@ def test_wrong_types_are_named():
         aligned()(student, [x.tolist() for x in teacher])
     with pytest.raises(TypeError, match="mask is list"):
         aligned()(student, teacher, [True, True])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"seed": "x"}, "seed is 'x', but must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5, but must be a whole number"),
+        ({"seed": None}, "seed is None, but must be a whole number"),
+        ({"pairs": 5}, "pairs is 5, but must hold"),
+        ({"pairs": None}, "pairs is None, but must hold"),
+        ({"pairs": (0, 1)}, r"pairs is \(0, 1\), but must hold \(student layer, teacher layer\) indices"),
+        ({"student_widths": None}, "student_widths is None, but must be one width, or hold one by layer"),
+        ({"teacher_widths": 8.0}, "teacher_widths is 8.0, but must be one width, or hold one by layer"),
+        ({"teacher_widths": "abcde"}, "teacher_widths gives layer 1 a width of 'b', but it must be a whole number"),
+        ({"student_widths": (5, 6.0, 7)}, "student_widths gives layer 1 a width of 6.0, but it must be a whole"),
+        ({"student_widths": {0: 5, 1: None}}, "student_widths gives layer 1 a width of None"),
+    ],
+)
+def test_wrong_types_of_arguments_are_named(options, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        aligned(**options)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_that_no_generator_takes_is_named(seed):
+    with pytest.raises(ValueError, match=f"^seed is {seed}, but must be at least"):
+        aligned(teacher_projection="orthogonal", seed=seed)
+    aligned(teacher_projection="orthogonal", seed=2**64 - 1)
+    aligned(teacher_projection="orthogonal", seed=-(2**63))
+
+
+def test_widths_may_be_of_numpy():
+    widths = np.array(STUDENT_WIDTHS)
+    assert aligned(student_widths=widths).student_widths == (5, 6, 7)
 
 
 def test_resampling_does_not_hide_another_batch():

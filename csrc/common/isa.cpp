@@ -4,12 +4,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "kdkernels/lora_linear.h"
 #include "kdkernels/projection_alignment.h"
 
 namespace kd {
 
 #define KD_DECLARE_ISA(isa)                                     \
   namespace isa {                                               \
+  extern const LoraLinearKernels lora_linear;                   \
   extern const ProjectionAlignmentKernels projection_alignment; \
   }
 #ifdef KD_HAS_AVX512
@@ -29,13 +31,13 @@ const Isa table[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
      },
-     &avx512::projection_alignment},
+     &avx512::projection_alignment, &avx512::lora_linear},
 #endif
 #ifdef KD_HAS_AVX2
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     &avx2::projection_alignment},
+     &avx2::projection_alignment, &avx2::lora_linear},
 #endif
-    {"baseline", [] { return true; }, &baseline::projection_alignment},
+    {"baseline", [] { return true; }, &baseline::projection_alignment, &baseline::lora_linear},
 };
 
 const Isa& find(const std::string& what, const std::string& name) {

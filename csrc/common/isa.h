@@ -6,12 +6,14 @@
 
 namespace kd {
 
+struct LoraLinearKernels;
 struct ProjectionAlignmentKernels;
 
 struct Isa {
   const char* name;
   bool (*supported)();
   const ProjectionAlignmentKernels* projection_alignment;
+  const LoraLinearKernels* lora_linear;
 };
 
 // Best first. Only those this processor can run.

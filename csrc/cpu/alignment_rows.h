@@ -3,12 +3,11 @@
 #pragma once
 
 #include "kdkernels/projection_alignment.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace kd::KD_ISA {
 
 constexpr double kEps = 1e-8, kAngularEps = 1e-7;
-constexpr int64_t kRowGrain = 16;  // rows a task of a row-wise pass
 
 // The loss of one point and the factors of its gradient: ∂z_s = own_s·z_s + mixed·z_t, ∂z_t = mixed·z_s + own_t·z_t.
 struct PointGradient {
@@ -126,15 +125,6 @@ class RowReader {
   const T* data_ = nullptr;
 };
 
-// out[row] = from, converted to what the tensor stores; zero if there is nothing to write.
-template <class T>
-inline void write_row(const View& out, int64_t row, const T* from) {
-  with_type(out.dtype, [&]<class S>(S*) {
-    S* to = static_cast<S*>(out.data) + row * out.row_stride;
-    for (int64_t j = 0; j < out.cols; ++j) store(to + j, from ? from[j] : T{});
-  });
-}
-
 // Points that do not count have a loss and a gradient of zero.
 template <class T>
 inline void zero_skipped(int threads, const Points<T>& points, const View& weights, const View& out) {
@@ -145,38 +135,5 @@ inline void zero_skipped(int threads, const Points<T>& points, const View& weigh
       if (w[i * weights.row_stride] == 0) write_row<T>(out, i, nullptr);
   });
 }
-
-// A gradient accumulated in T: in the output itself where it stores T, else in a buffer that finish() converts.
-template <class T>
-class Accumulator {
- public:
-  explicit Accumulator(const View& out) : out_(out) {
-    if (out.dtype != kDType<T>) buffer_ = Buffer<T>(out.rows * out.cols);
-    data_ = buffer_.get() ? buffer_.get() : static_cast<T*>(out.data);
-  }
-  T* data() const { return data_; }
-  // Whether there is something to add to; from now on there is.
-  bool started() {
-    const bool before = started_;
-    started_ = true;
-    return before;
-  }
-  void finish(int threads) const {
-    parallel_chunks(threads, out_.rows, kRowGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (!started_)
-          write_row<T>(out_, i, nullptr);
-        else if (buffer_.get())
-          write_row(out_, i, data_ + i * out_.cols);
-      }
-    });
-  }
-
- private:
-  View out_;
-  Buffer<T> buffer_;
-  T* data_ = nullptr;
-  bool started_ = false;
-};
 
 }  // namespace kd::KD_ISA

@@ -1,4 +1,4 @@
-// Matrix product C (M, N) [+]= A (M, K) · B (K, N), operands of any strides and dtype, accumulated in T.
+// Matrix products C (M, N) [+]= Σ A (M, K) · B (K, N), operands of any strides and dtype, accumulated in T.
 //
 // Blocks of A and B are packed into the order the register tile reads them (Goto and van de Geijn 2008). Every
 // element of C sums its k in one fixed order, whichever thread computes it: results are the same bits for every
@@ -45,10 +45,19 @@ struct Tile {
   static constexpr int64_t panel_cols = 128 * cols;
 };
 
-// The tile: C (rows, cols) [+]= a (depth, rows)ᵀ · b (depth, cols), both packed.
-template <class T>
-inline void multiply_tile(int64_t depth, const T* a, const T* b, T* c, int64_t ldc, bool accumulate) {
+// A stride that the compiler knows.
+template <int64_t n>
+struct Fixed {
+  constexpr operator int64_t() const { return n; }
+};
+
+// The tile: C (rows, cols) [+]= aᵀ · b (+ bias, a row, where it starts), with a[i, k] at a[i·a_row + k·a_k] and b's
+// rows, cols long, b_k apart.
+template <class T, class ARow, class AK, class BK>
+inline void multiply_tile(int64_t depth, const T* a, ARow a_row, AK a_k, const T* b, BK b_k, T* c, int64_t ldc,
+                          bool accumulate, const T* bias = nullptr) {
   using V = Vector<T>;
+  using U = UnalignedVector<T>;
   constexpr int rows = Tile<T>::rows, lanes = kLanes<T>;
   V sum[rows][2];
 #pragma GCC unroll 16
@@ -58,26 +67,32 @@ inline void multiply_tile(int64_t depth, const T* a, const T* b, T* c, int64_t l
     __builtin_prefetch(c + i * ldc + 2 * lanes - 1, 1);
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const V b0 = *reinterpret_cast<const V*>(b), b1 = *reinterpret_cast<const V*>(b + lanes);
+    const V b0 = *reinterpret_cast<const U*>(b), b1 = *reinterpret_cast<const U*>(b + lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const V ai = a[i] - V{};  // broadcast
+      const V ai = a[i * a_row] - V{};  // broadcast
       sum[i][0] += ai * b0;
       sum[i][1] += ai * b1;
     }
-    a += rows;
-    b += 2 * lanes;
+    a += a_k;
+    b += b_k;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
-    auto* p = reinterpret_cast<UnalignedVector<T>*>(c + i * ldc);
-    if (accumulate) {
-      sum[i][0] += p[0];
-      sum[i][1] += p[1];
+    auto* p = reinterpret_cast<U*>(c + i * ldc);
+    const auto* start = accumulate ? p : reinterpret_cast<const U*>(bias);
+    if (start) {
+      sum[i][0] += start[0];
+      sum[i][1] += start[1];
     }
     p[0] = sum[i][0];
     p[1] = sum[i][1];
   }
+}
+
+template <class T>
+inline void multiply_packed(int64_t depth, const T* a, const T* b, T* c, int64_t ldc, bool accumulate, const T* bias) {
+  multiply_tile(depth, a, Fixed<1>{}, Fixed<Tile<T>::rows>{}, b, Fixed<Tile<T>::cols>{}, c, ldc, accumulate, bias);
 }
 
 // Transpose a square of vectors in place.
@@ -107,22 +122,23 @@ inline void transpose(Vector<T> (&v)[kLanes<T>]) {
 
 // `strips` whole strips of lines that lie beside each other: whole cache lines of the operand are read at a time.
 template <int strips, int width, class T, class S>
-inline void pack_adjacent(const S* data, int64_t k_stride, int64_t depth, const T* scale, T* out) {
+inline void pack_adjacent(const S* data, int64_t k_stride, int64_t depth, const T* scale, T* out, int64_t distance) {
   for (int64_t k = 0; k < depth; ++k, data += k_stride) {
     const T factor = scale ? scale[k] : T(1);
 #pragma GCC unroll 4
     for (int s = 0; s < strips; ++s)
 #pragma GCC unroll 16
-      for (int i = 0; i < width; ++i) out[(s * depth + k) * width + i] = factor * load<T>(data + s * width + i);
+      for (int i = 0; i < width; ++i) out[s * distance + k * width + i] = factor * load<T>(data + s * width + i);
   }
 }
 
-// One strip whose lines are contiguous: squares of vectors are transposed. Writes up to a vector beyond the end.
+// One strip whose lines are contiguous: squares of vectors are transposed. Returns how many k are done.
 template <int width, class T, class S>
 inline int64_t pack_contiguous(const S* data, int64_t line_stride, int64_t depth, const T* scale, T* out) {
   constexpr int lanes = kLanes<T>, groups = (width + lanes - 1) / lanes;
   int64_t k = 0;
-  for (; k + lanes <= depth; k += lanes) {
+  // A store may write past its k, which the next one mends: so the last k is left, unless lines fill the vectors.
+  for (; k + lanes + (width % lanes != 0) <= depth; k += lanes) {
     Vector<T> squares[groups][lanes];
 #pragma GCC unroll 8
     for (int g = 0; g < groups; ++g) {
@@ -144,24 +160,25 @@ inline int64_t pack_contiguous(const S* data, int64_t line_stride, int64_t depth
   return k;
 }
 
-// Strip after strip: lines [line, end) of an operand whose lines are its rows, and k in [k0, k0 + depth). Lines from
-// `lines` on are zero.
+// Strip after strip, `distance` apart: lines [line, end) of an operand whose lines are its rows, and k in
+// [k0, k0 + depth). Lines from `lines` on are zero.
 template <int width, class T>
-inline void pack(const Operand<T>& x, int64_t line, int64_t end, int64_t lines, int64_t k0, int64_t depth, T* out) {
+inline void pack(const Operand<T>& x, int64_t line, int64_t end, int64_t lines, int64_t k0, int64_t depth, T* out,
+                 int64_t distance) {
   constexpr int together = 4;
   const T* scale = x.scale ? x.scale + k0 : nullptr;
   with_type(x.dtype, [&]<class S>(S*) {
     const S* data = static_cast<const S*>(x.data) + k0 * x.col_stride;
-    for (int strips = 1; line < end; line += strips * width, out += strips * width * depth) {
+    for (int strips = 1; line < end; line += strips * width, out += strips * distance) {
       const S* from = data + line * x.row_stride;
       const int64_t valid = min<int64_t>(width, lines - line);
       strips = 1;
       int64_t k = 0;
       if (x.row_stride == 1 && line + together * width <= min(end, lines)) {
         strips = together;
-        pack_adjacent<together, width>(from, x.col_stride, k = depth, scale, out);
+        pack_adjacent<together, width>(from, x.col_stride, k = depth, scale, out, distance);
       } else if (x.row_stride == 1 && valid == width) {
-        pack_adjacent<1, width>(from, x.col_stride, k = depth, scale, out);
+        pack_adjacent<1, width>(from, x.col_stride, k = depth, scale, out, distance);
       } else if (x.col_stride == 1 && valid == width) {
         k = pack_contiguous<width>(from, x.row_stride, depth, scale, out);
       }
@@ -174,15 +191,36 @@ inline void pack(const Operand<T>& x, int64_t line, int64_t end, int64_t lines, 
   });
 }
 
+// One product of a sum: A (M, K) · B (K, N).
 template <class T>
-void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T> B, T* C, int64_t ldc,
-          bool accumulate = false, Band band = {}) {
+struct Term {
+  Operand<T> A, B;
+  int64_t K;
+};
+
+// f(term, its k, depth, place) for each piece of a term within [k0, k0 + depth) of the terms' joined k.
+template <class T, class F>
+inline void each_piece(const Term<T>* terms, int64_t k0, int64_t depth, F&& f) {
+  int64_t start = 0;
+  for (const Term<T>* term = terms; start < k0 + depth; start += term++->K) {
+    const int64_t begin = max(start, k0), end = min(start + term->K, k0 + depth);
+    if (begin < end) f(*term, begin - start, end - begin, begin - k0);
+  }
+}
+
+// C (M, N) [+]= Σ A_t B_t (+ bias, a contiguous row): as one product of the terms' joined k, which writes C no more
+// often than its longest term would. A band is for a single term.
+template <class T>
+void gemm(int threads, int64_t M, int64_t N, const Term<T>* terms, int64_t count, T* C, int64_t ldc,
+          bool accumulate = false, const T* bias = nullptr, Band band = {}) {
   constexpr int64_t rows = Tile<T>::rows, cols = Tile<T>::cols;
   if (M == 0 || N == 0) return;
+  int64_t K = 0;
+  for (int64_t t = 0; t < count; ++t) K += terms[t].K;
   if (K == 0) {
     if (!accumulate)
       for (int64_t i = 0; i < M; ++i)
-        for (int64_t j = 0; j < N; ++j) C[i * ldc + j] = T{};
+        for (int64_t j = 0; j < N; ++j) C[i * ldc + j] = bias ? bias[j] : T{};
     return;
   }
   threads = useful_threads(threads, M * N * K);
@@ -193,9 +231,8 @@ void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T>
   const int64_t panel_cols = min(Tile<T>::panel_cols, round_up(N, cols));
   const int64_t row_panels = ceil_div(M, panel_rows);
   const int64_t col_parts = max<int64_t>(1, min(threads / row_panels, ceil_div(panel_cols, 4 * cols)));
-  const int64_t room_a = panel_rows * depth + kLanes<T>;  // A's last strip may overflow
+  const int64_t room_a = panel_rows * depth;
   Buffer<T> packed_b(panel_cols * depth), packed_a(threads * room_a);
-  const Operand<T> Bt = B.transposed();
 
   for (int64_t j0 = 0; j0 < N; j0 += panel_cols) {
     const int64_t n = min(panel_cols, N - j0), strips = ceil_div(n, cols);
@@ -214,14 +251,19 @@ void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T>
         auto empty = [&](int64_t s) { return first(j0 + s * cols) >= last(j0 + s * cols); };
         while (begin < end && empty(begin)) ++begin;
         while (begin < end && empty(end - 1)) --end;
-        pack<cols>(Bt, j0 + begin * cols, j0 + end * cols, N, k0, kc, packed_b.get() + begin * cols * kc);
+        each_piece(terms, k0, kc, [&](const Term<T>& term, int64_t k, int64_t length, int64_t place) {
+          pack<cols>(term.B.transposed(), j0 + begin * cols, j0 + end * cols, N, k, length,
+                     packed_b.get() + (begin * kc + place) * cols, kc * cols);
+        });
       });
       parallel_for(threads, row_panels * col_parts, [&](int64_t task, int worker) {
         const int64_t i0 = task / col_parts * panel_rows, i1 = min(M, i0 + panel_rows);
         const int64_t part = ceil_div(strips, col_parts), s0 = task % col_parts * part, s1 = min(strips, s0 + part);
         if (band.kind == Band::symmetric && i0 >= j0 + min(s1 * cols, n)) return;
         T* a = packed_a.get() + worker * room_a;
-        pack<rows>(A, i0, i1, i1, k0, kc, a);
+        each_piece(terms, k0, kc, [&](const Term<T>& term, int64_t k, int64_t length, int64_t place) {
+          pack<rows>(term.A, i0, i1, i1, k, length, a + place * rows, kc * rows);
+        });
         for (int64_t s = s0; s < s1; ++s) {
           const int64_t j = j0 + s * cols, kb = first(j), ke = last(j);
           if (kb >= ke) continue;
@@ -232,19 +274,26 @@ void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T>
             const T* ai = a + (i - i0) * kc + kb * rows;
             T* c = C + i * ldc + j;
             if (i + rows <= i1 && j + cols <= N) {
-              multiply_tile(ke - kb, ai, b, c, ldc, add);
+              multiply_packed(ke - kb, ai, b, c, ldc, add, bias ? bias + j : nullptr);
             } else {  // an edge: through a full tile of its own
               alignas(64) T edge[rows * cols];
-              multiply_tile(ke - kb, ai, b, edge, cols, false);
+              multiply_packed<T>(ke - kb, ai, b, edge, cols, false, nullptr);
               for (int64_t r = 0; r < min(rows, i1 - i); ++r)
                 for (int64_t q = 0; q < min(cols, N - j); ++q)
-                  c[r * ldc + q] = add ? c[r * ldc + q] + edge[r * cols + q] : edge[r * cols + q];
+                  c[r * ldc + q] = edge[r * cols + q] + (add ? c[r * ldc + q] : bias ? bias[j + q] : T{});
             }
           }
         }
       });
     }
   }
+}
+
+template <class T>
+void gemm(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T> B, T* C, int64_t ldc,
+          bool accumulate = false, Band band = {}) {
+  const Term<T> term{A, B, K};
+  gemm(threads, M, N, &term, 1, C, ldc, accumulate, static_cast<const T*>(nullptr), band);
 }
 
 // Fill the lower triangle of C (N, N) from the upper.

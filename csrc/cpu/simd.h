@@ -138,6 +138,7 @@ class Buffer {
   explicit Buffer(int64_t count) : data_(static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)))) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
   Buffer& operator=(Buffer&& other) noexcept {
     T* mine = data_;
     data_ = other.data_;
@@ -150,6 +151,20 @@ class Buffer {
 
  private:
   T* data_ = nullptr;
+};
+
+// Owned objects, made by their default constructors.
+template <class T>
+class List {
+ public:
+  explicit List(int64_t count) : items_(new T[static_cast<size_t>(count)]) {}
+  List(const List&) = delete;
+  List& operator=(const List&) = delete;
+  ~List() { delete[] items_; }
+  T& operator[](int64_t i) const { return items_[i]; }
+
+ private:
+  T* items_;
 };
 
 // As many threads as the work is worth: waking one costs about half a million multiply-adds.

@@ -22,9 +22,10 @@ from kdkernels.testing.memory import peak_extra_bytes
 from kdkernels.testing.rates import Rates, measure_rates
 from kdkernels.testing.timing import interleave, medians
 
-COLUMNS = ("case", "variant", "ms", "× eager", "× compile", "GFLOP/s", "of matmul", "GB/s", "of copy", "extra MiB")
-
-
+COLUMNS = (
+    *("case", "variant", "ms", "× eager", "× compile", "over linear"),
+    *("GFLOP/s", "of matmul", "GB/s", "of copy", "extra MiB"),
+)
 BASELINES = {"eager": "eager", "compile": "torch.compile"}
 
 
@@ -43,6 +44,7 @@ class Row:
     times_s: tuple[float, ...] = ()
     speedup_over_eager: float | None = None
     speedup_over_compile: float | None = None
+    overhead_over_linear: float | None = None  # where the plain layer is a variant: what the rest adds to it
     gflop_per_s: float | None = None
     share_of_matmul: float | None = None
     gb_per_s: float | None = None
@@ -111,7 +113,6 @@ def measure(workload: Any, rates: Rates, device: str, seconds: float, memory: bo
     times = interleave(right, session.refresh, device, seconds=seconds)
     typical = medians(times)
     explanation = session.explain()
-    costs = {cost.method: cost for cost in explanation.costs}
     rows = []
     for name in variants:
         ours = name == "kdkernels"
@@ -120,10 +121,11 @@ def measure(workload: Any, rates: Rates, device: str, seconds: float, memory: bo
         row |= {"worst_error": f"{worst.name}: {worst.error:.1e}, budget {worst.budget:.1e}"}
         row |= {"backend": explanation.backend, "method": explanation.method} if ours else {}
         if name in right:
-            cost, t = costs[explanation.method if ours else "direct"], typical[name]
-            matmul = rates.matmul_gflop_per_s[str(session.inputs.operands[0].dtype)]
+            cost, t = session.cost(name), typical[name]
+            matmul = rates.matmul_gflop_per_s[str(session.dtype)]
             row |= {"median_s": t, "times_s": tuple(times[name])}
             row |= {f"speedup_over_{k}": typical[v] / t for k, v in BASELINES.items() if v in typical}
+            row |= {"overhead_over_linear": t / typical["linear"] - 1} if "linear" in typical else {}
             row |= {"gflop_per_s": cost.flops / t / 1e9, "share_of_matmul": cost.flops / t / 1e9 / matmul}
             row |= {"gb_per_s": cost.bytes / t / 1e9, "share_of_copy": cost.bytes / t / 1e9 / rates.copy_gb_per_s}
             if memory:
@@ -146,6 +148,7 @@ def verdicts(session: Any, variants: dict[str, Any]) -> dict[str, list[Deviation
     outcomes, raised = {}, {}
     for name, step in variants.items():
         try:
+            session.refresh()
             with poisoned_memory():
                 outcomes[name] = step()
         except Exception as error:
@@ -167,18 +170,19 @@ def show(rows: list[Row], rates: Rates, report: dict[str, Any]) -> None:
     place = found["cpu"] + f", {found['threads']} threads" if report["device"] == "cpu" else ", ".join(found["cuda"])
     matmul = ", ".join(f"{d.removeprefix('torch.')} {r:.0f}" for d, r in rates.matmul_gflop_per_s.items())
     print(f"{place}; torch {found['packages']['torch']}; copy {rates.copy_gb_per_s:.1f} GB/s; matmul GFLOP/s: {matmul}")
-    print("FLOPs and bytes are those of the method that ran (for eager and torch.compile: direct).")
+    print("FLOPs and bytes are those of what each variant runs.")
 
 
 def numbers(row: Row) -> tuple[str, ...]:
     """A row's cells after its name; a wrong result shows its error instead of a speed."""
     if not row.ok:
-        return (f"WRONG {row.worst_error}", *[""] * 7)
+        return (f"WRONG {row.worst_error}", *[""] * 8)
     extra = "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:.1f}"
     return (
         f"{row.median_s * 1e3:.2f}",  # type: ignore[operator]
         "" if row.speedup_over_eager is None else f"{row.speedup_over_eager:.2f}×",
         "" if row.speedup_over_compile is None else f"{row.speedup_over_compile:.2f}×",
+        "" if row.overhead_over_linear is None else f"{100 * row.overhead_over_linear:+.0f}%",
         f"{row.gflop_per_s:.1f}",
         f"{100 * row.share_of_matmul:.0f}%",  # type: ignore[operator]
         f"{row.gb_per_s:.1f}",

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from kdkernels import _native, backend, projection_alignment_loss
+from kdkernels import _native, backend
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import print_table
-from kdkernels.ops.projection_alignment.reference import METRICS
+from kdkernels.testing import SUITES, suite
+from kdkernels.testing.compare import Deviation
 
 DEVICES = ("cpu", "cuda")
-TOLERANCE = 1e-4  # a self-check finds a broken installation; `validate` holds kernels to their error budgets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,38 +89,28 @@ def backends() -> list[dict[str, Any]]:
 
 
 def self_check() -> list[dict[str, Any]]:
-    """Loss and gradient on every backend that is available, against the reference in float64."""
-    devices = [d for d in DEVICES if d == "cpu" or torch.cuda.is_available()]
+    """The first of `validate`'s cases on every backend, method and device that is available, in float32."""
+    checks: dict[tuple[str, str, str, str], list[Any]] = {}
+    for op in SUITES:
+        for check in suite(op).checks(quick=True):
+            if check.dtype is torch.float32:
+                found = checks.setdefault((check.op, check.backend, check.method, check.device), [])
+                if not found or check.variant not in {c.variant for c in found}:
+                    found.append(check)
     rows = []
-    for device in devices:
-        for row in backend.TABLE:
-            if row.objection(device, [torch.float32]) is None:
-                for method in row.methods:
-                    result = attempt(partial(largest_error, row.backend, method, device))
-                    where = {"op": row.op, "backend": row.backend, "method": method, "device": device}
-                    ok = not failed(result) and result < TOLERANCE
-                    rows.append(where | {"ok": ok, "error": result["failed"] if failed(result) else result})
+    for (op, backend_name, method, device), found in checks.items():
+        result = attempt(partial(worst, found))
+        where = {"op": op, "backend": backend_name, "method": method, "device": device}
+        if failed(result):
+            rows.append(where | {"ok": False, "error": result["failed"]})
+        else:
+            rows.append(where | {"ok": result.ok, "error": result.error, "budget": result.budget})
     return rows
 
 
-def largest_error(backend_name: str, method: str, device: str) -> float:
-    """The worst relative error over the metrics, of loss and gradients."""
-    errors = []
-    for metric in METRICS:
-        found = loss_and_gradients(metric, device, torch.float32, method=method, backend=backend_name)
-        exact = loss_and_gradients(metric, "cpu", torch.float64, backend="reference")
-        pairs = zip(found, exact, strict=True)
-        errors += [((x.cpu().double() - y).norm() / y.norm()).item() for x, y in pairs]
-    return float("inf") if any(e != e for e in errors) else max(errors)
-
-
-def loss_and_gradients(metric: str, device: str, dtype: torch.dtype, **options: str) -> list[torch.Tensor]:
-    """A small call of each kind of gradient, the same numbers in any dtype."""
-    draw = torch.Generator().manual_seed(0)
-    shapes = ((33, 24), (33, 40), (72, 24), (72, 40))
-    operands = [torch.randn(shape, generator=draw).to(device, dtype).requires_grad_() for shape in shapes]
-    loss = projection_alignment_loss(*operands, metric=metric, **options)  # type: ignore[arg-type]
-    return [loss.detach(), *torch.autograd.grad(loss, operands)]
+def worst(checks: list[Any]) -> Deviation:
+    """The tensor that takes most of its budget."""
+    return max((d for check in checks for d in check.run()), key=lambda d: (not d.ok, d.used))
 
 
 def show(report: dict[str, Any]) -> None:
@@ -170,6 +160,7 @@ def show_self_check(rows: Any) -> None:
         print(f"self-check: {rows['failed']}")
         return
     for row in rows:
-        error = row["error"] if isinstance(row["error"], str) else f"error {row['error']:.1e}"
+        found, budget = row["error"], row.get("budget")
+        error = found if budget is None else f"error {found:.1e}, budget {budget:.1e}"
         where = f"{row['op']} {row['backend']} {row['method']} on {row['device']}"
         print(f"self-check: {'ok    ' if row['ok'] else 'FAILED'} {where}: {error}")

@@ -6,7 +6,10 @@ Each operator has a folder with `checks(quick)`, which `validate` runs, and `wor
 from importlib import import_module
 from types import ModuleType
 
-SUITES = {"projection_alignment_loss": "kdkernels.testing.projection_alignment"}
+SUITES = {
+    "projection_alignment_loss": "kdkernels.testing.projection_alignment",
+    "lora_linear": "kdkernels.testing.lora_linear",
+}
 
 
 def suite(op: str) -> ModuleType:

@@ -17,16 +17,28 @@ FACTOR = 2
 FLOOR = 4  # roundings of the result's dtype
 
 
+INCOMING = 0.75  # the gradient that arrives from behind: not 1, so that forgetting it shows
+
+
+def incoming(value: Tensor) -> Tensor:
+    """INCOMING for a scalar; a different number for each element, of both signs, otherwise."""
+    if value.dim() == 0:
+        return torch.full_like(value, INCOMING)
+    steps = torch.arange(value.numel(), device=value.device).reshape(value.shape)
+    return (INCOMING * torch.cos(steps)).to(value.dtype)
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What one run returned: the loss and the gradients that were asked for, by name."""
+    """What one run returned: the loss (or another result) and the gradients that were asked for, by name."""
 
     loss: Tensor
     grads: dict[str, Tensor]
+    name: str = "loss"  # what reports call the first
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, by the names that reports show."""
-        return {"loss": self.loss} | {f"grad {name}": grad for name, grad in self.grads.items()}
+        return {self.name: self.loss} | {f"grad {name}": grad for name, grad in self.grads.items()}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps=chosen.steps,
         metric=chosen.metric,
         method=chosen.method,
+        lora_rank=chosen.lora_rank,
         backend=chosen.backend,
         threads=chosen.threads,
     )
@@ -56,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
         "digits",
         help="teachers of several architectures into one small student, on handwritten digits",
         description="Train teachers on all labels of scikit-learn's digits, then a small student that sees few labels, "
-        "without distillation and with: layer-wise projection alignment to all teachers beside cross-entropy.",
+        "without distillation and with: layer-wise projection alignment to all teachers beside cross-entropy. With "
+        "--lora-rank, the student trained without distillation is frozen, and low-rank adapters distil into it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     d = Config()
@@ -68,9 +70,10 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", type=number(int, 1), default=d.labels, help="labelled images of each class for the student")
     add("--steps", type=number(int, 1), default=d.steps, help="of each student")
     add("--teacher-steps", type=number(int, 1), default=d.teacher_steps, metavar="STEPS", help="of each teacher")
+    add("--lora-rank", type=number(int, 0), default=d.lora_rank, metavar="R", help="LoRA alone distils; 0: all weights")
     add("--metric", choices=("cosine", "mse", "angular"), default=d.metric, help="of the alignment loss")
     add("--method", choices=("auto", "direct", "gram"), default=d.method, help="of the alignment loss")
-    add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the alignment loss")
+    add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the loss and of LoRA")
     add("--compare", action="store_true", help="distil again by the reference backend; exit 1 if the two runs differ")
     add("--budget", type=number(float, 0.0), default=BUDGET, help="relative deviation that --compare allows")
     add("--threads", type=number(int, 1), default=d.threads, help="of torch; the models are small")

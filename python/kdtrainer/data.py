@@ -8,6 +8,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from kdtrainer.errors import RunError
+
 CLASSES = 10
 TEST_SHARE = 0.3
 SPLIT_SEED = 0  # one test set for all runs: no seed of a run may move an image into or out of it
@@ -25,7 +27,10 @@ class Digits:
 
 
 def load(labels_per_class: int, seed: int) -> Digits:
-    """The fixed stratified split; `seed` draws which training images are labelled for the student."""
+    """The fixed stratified split; `seed` draws which training images are labelled for the student.
+
+    Raises RunError where some class has fewer training images than `labels_per_class`.
+    """
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
     train_images, test_images, train_labels, test_labels = train_test_split(
@@ -42,6 +47,9 @@ def load(labels_per_class: int, seed: int) -> Digits:
 
 
 def _few_of_each_class(labels: Tensor, count: int, seed: int) -> Tensor:
+    most = int(torch.bincount(labels, minlength=CLASSES).min())
+    if count > most:
+        raise RunError(f"--labels is {count}, but must be at most {most}: some class has no more training images")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels[order]
     return torch.cat([order[shuffled == label][:count] for label in range(CLASSES)])

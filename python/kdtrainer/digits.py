@@ -1,5 +1,6 @@
 """`python -m kdtrainer digits`: teachers, a student without and with distillation, and what that gave."""
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,18 @@ def run(config: Config, options: Options) -> bool:
     config = replace(config, backend=serving_backend(config))
     if options.compare and config.backend == "reference":
         raise RunError(f"--compare has nothing to compare: only the reference serves here\n{explanation('auto')}")
+    if config.lora_rank and config.method == "gram":
+        raise RunError("--method gram needs projections, and --lora-rank aligns logits without: must be auto or direct")
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     digits = data.load(config.labels, config.seed_of("labels"))
     kept_bytes = prepare(config, options)
     log = metrics.MetricsLog(options.out / "metrics.jsonl", kept_bytes)
     try:
-        trained = train_all(config, options, digits, log)
+        done = train_all(config, options, digits, log)
     finally:
         log.close()
-    return conclude(config, options, digits, trained)
+    return conclude(config, options, digits, done)
 
 
 def serving_backend(config: Config) -> str:
@@ -80,11 +83,9 @@ def prepare(config: Config, options: Options) -> int:
     return max((checkpoint.progress(path).metrics_bytes for path in found), default=0)
 
 
-def train_all(
-    config: Config, options: Options, digits: data.Digits, log: metrics.MetricsLog
-) -> dict[str, models.Classifier]:
-    """Every model of the experiment, trained, by task name; the teachers first."""
-    trained: dict[str, models.Classifier] = {}
+def train_all(config: Config, options: Options, digits: data.Digits, log: metrics.MetricsLog) -> dict[str, Task]:
+    """Every task of the experiment, done, by its name; the teachers first."""
+    done: dict[str, Task] = {}
     everything = torch.arange(len(digits.train_images))
     with report.progress_bar() as bar:
 
@@ -92,52 +93,63 @@ def train_all(
             path = checkpoint_path(options.out, task.name)
             torch.manual_seed(config.seed_of("batches"))
             fit(task, digits, config, path, log, options.checkpoint_every, bar.task(task.name, task.steps))
-            trained[task.name] = task.model.eval()
+            task.model.eval()
+            done[task.name] = task
 
         for name in config.teachers:
             torch.manual_seed(config.seed_of(name))
             teacher = models.TEACHERS[name]()
             size, steps = TEACHER_BATCH, config.teacher_steps
             train(labels_task(name, teacher, digits, everything, size, steps, TEACHER_RATE))
-        teachers = [(name, trained[name].requires_grad_(False)) for name in config.teachers]
+        teachers = [(name, done[name].model) for name in config.teachers]
 
         def new_student() -> models.Classifier:
             torch.manual_seed(config.seed_of("student"))  # all students start from the same weights
             return models.student()
+
+        def student_to_distil(backend: str) -> models.Classifier:
+            if not config.lora_rank:
+                return new_student()
+            torch.manual_seed(config.seed_of("adapters"))  # the same ones for every backend
+            student = deepcopy(done[BASELINE].model).train()
+            models.adapt(student, config.lora_rank, backend)
+            return student
 
         for name, labelled in ((BASELINE, digits.labelled), (ALL_LABELS, everything)):
             student = new_student()
             train(labels_task(name, student, digits, labelled, LABELLED_BATCH, config.steps, STUDENT_RATE))
         backends = {DISTILLED: config.backend} | ({REFERENCE: "reference"} if options.compare else {})
         for name, backend in backends.items():
-            train(distillation_task(name, new_student(), teachers, digits, config, STUDENT_RATE, backend))
-    return trained
+            train(distillation_task(name, student_to_distil(backend), teachers, digits, config, STUDENT_RATE, backend))
+    return done
 
 
-def conclude(config: Config, options: Options, digits: data.Digits, trained: dict[str, models.Classifier]) -> bool:
+def conclude(config: Config, options: Options, digits: data.Digits, done: dict[str, Task]) -> bool:
     """Evaluate, compare, and write the report: table, report.json and plots."""
-    predicted = {name: models.probabilities(model, digits.test_images) for name, model in trained.items()}
-    progress = {name: checkpoint.progress(checkpoint_path(options.out, name)) for name in trained}
+    predicted = {name: models.probabilities(task.model, digits.test_images) for name, task in done.items()}
+    progress = {name: checkpoint.progress(checkpoint_path(options.out, name)) for name in done}
     rows = [
         report.Row(
             name,
-            models.parameter_count(trained[name]),
+            models.parameter_count(task.model),
+            models.trained_parameter_count(task.trained),
             models.accuracy(predicted[name], digits.test_labels),
             progress[name].seconds,
         )
-        for name in trained
+        for name, task in done.items()
     ]
     teachers = [row for row in rows if row.name in config.teachers]
     mixture = torch.stack([predicted[name] for name in config.teachers]).mean(0)  # (N, 10)
     ensemble = report.Row(
         "ensemble",
         sum(row.parameters for row in teachers),
+        sum(row.trained_parameters for row in teachers),
         models.accuracy(mixture, digits.test_labels),
         sum(row.seconds for row in teachers),
     )
     rows.insert(len(teachers), ensemble)
     records = metrics.read(options.out / "metrics.jsonl")
-    found = deviation_of_backends(options, records) if options.compare else None
+    found = deviation_of_backends(options, records, done[DISTILLED].model) if options.compare else None
     report.write(options.out / "report.json", config, rows, found)
     plots.loss_curves(records, options.out / "loss.png")
     plots.accuracy_bars(rows, config, options.out / "accuracy.png")
@@ -145,12 +157,17 @@ def conclude(config: Config, options: Options, digits: data.Digits, trained: dic
     return found is None or found.within_budget
 
 
-def deviation_of_backends(options: Options, records: dict[str, list[dict[str, Any]]]) -> Deviation:
+def deviation_of_backends(
+    options: Options, records: dict[str, list[dict[str, Any]]], student: models.Classifier
+) -> Deviation:
+    """Of what was trained of the student: frozen weights, the same in both runs, would make it look smaller."""
+    trained = {f"student.{name}" for name, p in student.named_parameters() if p.requires_grad}
+
     def losses(task: str) -> list[float]:
         return [record["loss"] for record in records[task]]
 
     def weights(task: str) -> dict[str, torch.Tensor]:
         tensors = checkpoint.weights(checkpoint_path(options.out, task))
-        return {name: value for name, value in tensors.items() if name.startswith("student.")}
+        return {name: value for name, value in tensors.items() if name in trained}
 
     return deviation(losses(DISTILLED), losses(REFERENCE), weights(DISTILLED), weights(REFERENCE), options.budget)

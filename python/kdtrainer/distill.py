@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from kdkernels.nn import ProjectionAlignment
 from kdtrainer import models
 from kdtrainer.config import Config
-from kdtrainer.data import Digits
+from kdtrainer.data import CLASSES, Digits
 
 PAIRS = ((0, 0), (1, 1))  # early and late states of the student and of each teacher
 TEACHER_BATCH, LABELLED_BATCH, ALIGNED_BATCH = 64, 32, 128
@@ -57,33 +58,34 @@ def distillation_task(
 ) -> Task:
     """Cross-entropy on the few labelled images beside alignment to all teachers on all training images.
 
-    Each teacher's states are projected by a frozen orthogonal matrix, the student's by learned ones: a learned
-    teacher projection could make the alignment easy by making the space poor.
+    Each teacher's hidden states are projected by a frozen orthogonal matrix, the student's by learned ones: a learned
+    teacher projection could make the alignment easy by making the space poor. With `config.lora_rank` logits are
+    aligned in place of hidden states: they need no projection, and projections would have many times the parameters
+    of the adapters.
     """
-    aligners, teacher_states = nn.ModuleDict(), {}
+    aligners, targets = nn.ModuleDict(), {}
     for teacher_name, teacher in teachers:
-        teacher_states[teacher_name] = standardised_states(teacher, digits.train_images)
-        aligners[teacher_name] = ProjectionAlignment(
-            PAIRS,
-            model.widths,
-            teacher.widths,
-            config.embedding_width,
-            metric=config.metric,
-            teacher_projection="orthogonal",
-            bias=True,
-            seed=config.seed_of(f"projection/{teacher_name}"),
-            method=config.method,
-            backend=backend,
-        )
+        options: dict[str, Any] = {"metric": config.metric, "method": config.method, "backend": backend}
+        if config.lora_rank:
+            targets[teacher_name] = [logits_of(teacher, digits.train_images)]
+            options |= {"student_projection": "none", "teacher_projection": "none"}
+            aligner = ProjectionAlignment(((0, 0),), CLASSES, CLASSES, CLASSES, **options)
+        else:
+            targets[teacher_name] = standardised_states(teacher, digits.train_images)
+            options |= {"teacher_projection": "orthogonal", "seed": config.seed_of(f"projection/{teacher_name}")}
+            aligner = ProjectionAlignment(
+                PAIRS, model.widths, teacher.widths, config.embedding_width, bias=True, **options
+            )
+        aligners[teacher_name] = aligner
     everything = torch.arange(len(digits.train_images))
 
     def losses() -> dict[str, Tensor]:
         few, many = batch_of(digits.labelled, LABELLED_BATCH), batch_of(everything, ALIGNED_BATCH)
         logits, states = model(digits.train_images[torch.cat([few, many])])
         cross_entropy = F.cross_entropy(logits[: len(few)], digits.train_labels[few])
-        states = [state[len(few) :] for state in states]  # (ALIGNED_BATCH, d_s)
+        aligned = [state[len(few) :] for state in ([logits] if config.lora_rank else states)]  # (ALIGNED_BATCH, d_s)
         per_teacher = [
-            aligner(states, [state[many] for state in teacher_states[teacher]]) for teacher, aligner in aligners.items()
+            aligner(aligned, [target[many] for target in targets[teacher]]) for teacher, aligner in aligners.items()
         ]
         alignment = torch.stack(per_teacher).mean()
         loss = cross_entropy + config.alignment_weight * alignment
@@ -91,6 +93,14 @@ def distillation_task(
 
     trained = nn.ModuleDict({"student": model, "aligners": aligners})
     return Task(name, config.steps, rate, model, trained, losses)
+
+
+@torch.no_grad()
+def logits_of(teacher: models.Classifier, images: Tensor) -> Tensor:
+    """(N, 10), computed once for a frozen teacher."""
+    teacher.eval()
+    logits, _ = teacher(images)
+    return logits
 
 
 @torch.no_grad()

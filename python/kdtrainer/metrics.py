@@ -14,6 +14,10 @@ class MetricsLog:
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        if keep_bytes and not path.exists():
+            raise RunError(
+                f"{path} is missing, but the checkpoints count on it: put it back, or start afresh, without --resume"
+            )
         size = path.stat().st_size if path.exists() else 0
         if size < keep_bytes:
             raise RunError(f"{path} has {size} bytes, but its checkpoint counts on {keep_bytes}: it was changed since")

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdkernels.nn import LoRALinear
 from kdtrainer.data import CLASSES
 
 SIDE = 8  # images are SIDE x SIDE
+LORA_ALPHA = 16.0  # over the rank, it scales what the adapters add
 
 
 class Classifier(nn.Module):
@@ -93,8 +95,20 @@ def student() -> Classifier:
     return MLP(32, 32)
 
 
+def adapt(model: nn.Module, rank: int, backend: str) -> None:
+    """Freeze the model and put a low-rank adapter on each of its linear layers, in place; its outputs stay."""
+    model.requires_grad_(False)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, LoRALinear.from_linear(layer, rank, alpha=LORA_ALPHA, backend=backend))
+
+
 def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def trained_parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()

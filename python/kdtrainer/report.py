@@ -24,6 +24,7 @@ MEANINGS = {
     "distilled": "{few} labels, and the teachers' states of the other images",
     "distilled-reference": "the same, by the reference backend",
 }
+LORA_MEANING = "LoRA of rank {rank} on the student: {few} labels, the teachers' logits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Row:
 
     name: str
     parameters: int
+    trained_parameters: int  # the optimiser's, projections beside the student included
     accuracy: float  # on the test set
     seconds: float  # of training
 
@@ -52,6 +54,25 @@ class ProgressBar:
         return update
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """What `--lora-rank` left to train."""
+
+    rank: int
+    trained_parameters: int  # of the distillation: the adapters', and nothing beside them
+    teachers_parameters: int
+    share: float  # the former by the latter
+
+
+def adapters(rows: Sequence[Row], config: Config) -> Adapters | None:
+    """None without `--lora-rank`."""
+    if not config.lora_rank:
+        return None
+    by_name = {row.name: row for row in rows}
+    trained, teachers = by_name["distilled"].trained_parameters, by_name["ensemble"].parameters
+    return Adapters(config.lora_rank, trained, teachers, trained / teachers)
+
+
 @contextmanager
 def progress_bar() -> Iterator[ProgressBar]:
     columns = (
@@ -69,7 +90,8 @@ def meaning(row: Row, config: Config) -> str:
     """What a model was trained on."""
     if row.name in config.teachers:
         return "teacher, all labels"
-    return MEANINGS[row.name].format(few=10 * config.labels)
+    text = LORA_MEANING if config.lora_rank and row.name == "distilled" else MEANINGS[row.name]
+    return text.format(few=10 * config.labels, rank=config.lora_rank)
 
 
 def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None) -> None:
@@ -89,6 +111,12 @@ def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None
     by_name = {row.name: row for row in rows}
     gain = by_name["distilled"].accuracy - by_name["student"].accuracy
     console.print(f"Distillation changes the student's accuracy by {100 * gain:+.1f} points.")
+    lora = adapters(rows, config)
+    if lora is not None:
+        console.print(
+            f"LoRA of rank {lora.rank} trains {lora.trained_parameters:,} parameters: {lora.share:.2%} of the "
+            f"teachers' {lora.teachers_parameters:,}."
+        )
     if found is not None:
         seconds = by_name["distilled"].seconds, by_name["distilled-reference"].seconds
         verdict = "within" if found.within_budget else "ABOVE"
@@ -102,9 +130,11 @@ def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None
 
 def write(path: Path, config: Config, rows: Sequence[Row], found: Deviation | None) -> None:
     """Everything the table says, as JSON, with the versions it was found with."""
+    lora = adapters(rows, config)
     content = {
         "config": config.as_json(),
         "models": [{**dataclasses.asdict(row), "trained_on": meaning(row, config)} for row in rows],
+        "lora": None if lora is None else dataclasses.asdict(lora),
         "compare": None if found is None else {**dataclasses.asdict(found), "within_budget": found.within_budget},
         "versions": {"kdkernels": kdkernels.__version__, "torch": torch.__version__},
     }

@@ -36,7 +36,8 @@ def fit(
     on_step: Callable[[int, float | None], None],
 ) -> None:
     """Train `task` from the checkpoint at `path`, or from the start where there is none, to its last step."""
-    optimizer = torch.optim.AdamW(task.trained.parameters(), lr=task.learning_rate, weight_decay=WEIGHT_DECAY)
+    trained = [p for p in task.trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=task.learning_rate, weight_decay=WEIGHT_DECAY)
     done = Progress(0, 0, 0.0)
     if path.exists():
         done = checkpoint.progress(path)

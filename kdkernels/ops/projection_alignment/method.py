@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-METHODS = ("auto", "direct", "gram")
+from kdkernels.backend import Cost
 
-# FLOPs that cost as much as moving one byte: a ratio of rates, the only machine constant in the choice.
-# CPUs here run 140 GFLOP/s against 10-25 GB/s; an H100 has a similar ratio for tf32 and bf16.
-FLOPS_PER_BYTE = 10
+METHODS = ("auto", "direct", "gram")
 
 # Over how many calls the Gram matrices of frozen projections are reckoned to pay.
 FROZEN_CALLS = 16
@@ -60,21 +58,6 @@ def sizes(operands: Sequence[Tensor | None], needs: Sequence[bool], backend: str
         needs=tuple(needs),
         frozen=backend == "native" and frozen(operands),  # on a GPU, noticing a change would need a synchronisation
     )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One method's arithmetic and memory traffic, and whether it applies."""
-
-    method: str
-    flops: int
-    bytes: int
-    why_not: str | None = None
-
-    @property
-    def weight(self) -> float:
-        """Comparable cost, in FLOP equivalents."""
-        return self.flops + FLOPS_PER_BYTE * self.bytes
 
 
 def direct_cost(s: Sizes) -> Cost:

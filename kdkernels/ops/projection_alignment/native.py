@@ -208,14 +208,4 @@ def _call(
     )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _view(x: Tensor | None) -> object:
-    """A matrix as the compiled module sees it: vectors are one column, scalars one element."""
-    if x is None:
-        return None
-    rows, cols = (*x.shape, 1, 1)[:2]
-    row_stride, col_stride = (*x.stride(), 1, 1)[:2]
-    return _native.module().View(x.data_ptr(), _name(x.dtype), rows, cols, row_stride, col_stride)
+_name, _view = _native.dtype_name, _native.view

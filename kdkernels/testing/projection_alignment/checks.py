@@ -4,9 +4,7 @@ The cases are chosen so that each kernel decides the outcome of one: each side w
 gradient, weights of every kind, both reductions, hostile inputs, and sizes past every block of the implementations.
 """
 
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from kdkernels import backend as backends
 from kdkernels.ops.projection_alignment import method as methods
 from kdkernels.ops.projection_alignment.reference import METRICS
+from kdkernels.testing.check import FLOAT64_FLOOR, FLOAT64_SHARE, Check, devices
 from kdkernels.testing.compare import Deviation, Outcome, deviations, errors
 from kdkernels.testing.projection_alignment.inputs import (
     Inputs,
@@ -28,9 +27,6 @@ from kdkernels.testing.projection_alignment.inputs import (
 )
 
 OP = "projection_alignment_loss"
-# A float64 run is measured against another: half as much again for the rounding of the oracle, and its floor.
-FLOAT64_SHARE = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-FLOAT64_FLOOR = 2 * torch.finfo(torch.float64).eps
 PROJECTIONS = ("student_proj", "teacher_proj", "student_bias", "teacher_bias")
 
 # Arguments of make_inputs by name. `wide` and the `blocks` go past the blocks that implementations work in.
@@ -69,20 +65,6 @@ CASES: dict[str, dict[str, Any]] = QUICK | {
 }
 
 
-@dataclass(frozen=True)
-class Check:
-    """One implementation on one case; `run` returns the error and budget of each tensor."""
-
-    op: str
-    backend: str
-    method: str
-    device: str
-    dtype: torch.dtype
-    variant: str  # the metric
-    case: str
-    run: Callable[[], list[Deviation]]
-
-
 def checks(quick: bool = False) -> Iterator[Check]:
     """All that can run on this machine."""
     for row in backends.TABLE:
@@ -113,29 +95,6 @@ def applies(backend: str, method: str, inputs: Inputs) -> bool:
         return True
     _, costs = methods.choose("auto", methods.sizes(inputs.operands, inputs.needs, backend, inputs.metric))
     return all(cost.why_not is None for cost in costs if cost.method == method)
-
-
-def devices(row: backends.Implementation) -> list[str]:
-    """Where `row` can be checked here: its own devices, or the CPU through Triton's interpreter."""
-    if why_not(row) is not None:
-        return []
-    here = [d for d in (row.devices or ("cpu", "cuda")) if d != "cuda" or torch.cuda.is_available()]
-    return here or ["cpu"]
-
-
-def why_not(row: backends.Implementation) -> str | None:
-    """None when `row` can be checked on this machine, else the reason."""
-    reason = row.why_not()
-    if reason is not None or row.devices != ("cuda",) or torch.cuda.is_available():
-        return reason
-    if row.backend != "triton":
-        return "there is no CUDA device"
-    return None if interpreting() else "there is no CUDA device; TRITON_INTERPRET=1 checks it in Triton's interpreter"
-
-
-def interpreting() -> bool:
-    """Triton reads this when its kernels are defined."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def compare_case(arguments: dict[str, Any], backend: str, method: str) -> list[Deviation]:

@@ -12,12 +12,11 @@ from torch import Tensor
 from kdkernels import projection_alignment_loss
 from kdkernels.ops.projection_alignment import schema
 from kdkernels.ops.projection_alignment.reference import eager_losses, weighted_losses
-from kdkernels.testing.compare import Outcome
+from kdkernels.testing.compare import Outcome, incoming
 
 SIDES = ("both", "student", "teacher", "neither")
 REGIMES = ("random", "close", "parallel", "antiparallel", "zero")
 WEIGHTS = (None, "mask", "signed", "nan")
-INCOMING = 0.75  # the gradient that arrives from behind: not 1, so that forgetting it shows
 
 Operands = tuple[Tensor | None, ...]
 
@@ -156,14 +155,6 @@ def run(inputs: Inputs, loss: Callable[[Operands], Tensor]) -> Outcome:
         return Outcome(value, {})
     grads = torch.autograd.grad(value, list(wanted.values()), incoming(value))
     return Outcome(value.detach(), dict(zip(wanted, grads, strict=True)))
-
-
-def incoming(value: Tensor) -> Tensor:
-    """INCOMING for a scalar; a different number for each point, of both signs, otherwise."""
-    if value.dim() == 0:
-        return torch.full_like(value, INCOMING)
-    steps = torch.arange(value.numel(), device=value.device).reshape(value.shape)
-    return (INCOMING * torch.cos(steps)).to(value.dtype)
 
 
 def reduce(losses: Tensor, inputs: Inputs) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kdkernels import explain, projection_alignment_loss
-from kdkernels.backend import Explanation
+from kdkernels.backend import Cost, Explanation
 from kdkernels.ops.projection_alignment import schema
 from kdkernels.ops.projection_alignment.reference import eager_losses
-from kdkernels.testing.compare import Deviation, Outcome, deviations, errors
-from kdkernels.testing.projection_alignment.inputs import INCOMING, Inputs, exact, make_inputs
+from kdkernels.testing.compare import INCOMING, Deviation, Outcome, deviations, errors
+from kdkernels.testing.projection_alignment.inputs import Inputs, exact, make_inputs
 
 OP = "projection_alignment_loss"
 ROWS = 1024  # points in a block of the float64 run
@@ -84,6 +84,17 @@ class Session:
         target = exact_in_blocks(self.inputs)
         yardstick = errors(outcomes["eager"], target)
         return {name: deviations(outcome, target, yardstick) for name, outcome in outcomes.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matmuls."""
+        return self.inputs.operands[0].dtype  # type: ignore[union-attr]
+
+    def cost(self, variant: str) -> Cost:
+        """The FLOPs and bytes of what the variant runs: the direct method, unless it is ours."""
+        explanation = self.explain()
+        method = explanation.method if variant == "kdkernels" else "direct"
+        return next(cost for cost in explanation.costs if cost.method == method)
 
     def explain(self) -> Explanation:
         """What the operator runs here, and the FLOPs and bytes of each method."""

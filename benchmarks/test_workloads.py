@@ -8,22 +8,21 @@ from statistics import median
 
 import pytest
 
-from kdkernels.testing.projection_alignment import workloads
+from kdkernels.cli.bench import verdicts
+from kdkernels.testing import SUITES, suite
 from kdkernels.testing.rates import timed
 
 ROUNDS = 5
+QUICK = os.environ.get("QUICK") == "1"
+WORKLOADS = [workload for op in SUITES for workload in suite(op).workloads(QUICK)]
 
 
-@pytest.mark.parametrize("workload", workloads(quick=os.environ.get("QUICK") == "1"), ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
 def test_forward_and_backward(benchmark, workload):
     session = workload.open()
     variants = session.variants()
-    wrong = [
-        (name, deviation)
-        for name, deviations in session.judge({name: step() for name, step in variants.items()}).items()
-        for deviation in deviations
-        if not deviation.ok
-    ]
+    judged = verdicts(session, variants)
+    wrong = [(name, found) for name, deviations in judged.items() for found in deviations if not found.ok]
     assert not wrong, wrong
     ours = variants.pop("kdkernels")
     times = {name: [] for name in variants}

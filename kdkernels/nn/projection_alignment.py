@@ -1,4 +1,4 @@
-"""Thin modules over the operators."""
+"""Layer-wise distillation as a module: many pairs of layers, their projections and what draws them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdkernels.backend import BACKENDS
 from kdkernels.contract import check_choice, check_tensor, show
+from kdkernels.nn.arguments import check_count, is_whole
 from kdkernels.ops.projection_alignment import projection_alignment_loss
 from kdkernels.ops.projection_alignment.method import METHODS
 from kdkernels.ops.projection_alignment.reference import METRICS
@@ -52,7 +53,8 @@ class ProjectionAlignment(torch.nn.Module):
         dtype: of the projections.
 
     Raises:
-        ValueError: an option or a width does not fit; the message names the argument.
+        TypeError: pairs, a width or the seed has the wrong type; the message names the argument.
+        ValueError: an option or a width does not fit; likewise.
     """
 
     layer_weights: tuple[float, ...]
@@ -83,8 +85,11 @@ class ProjectionAlignment(torch.nn.Module):
         check_choice("metric", metric, METRICS)
         check_choice("method", method, METHODS)
         check_choice("backend", backend, BACKENDS)
-        if not isinstance(embedding_width, int) or embedding_width < 1:
-            raise ValueError(f"embedding_width is {embedding_width!r}, but must be a whole number of at least 1")
+        check_count("embedding_width", embedding_width)
+        if not is_whole(seed):
+            raise TypeError(f"seed is {seed!r}, but must be a whole number")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed is {seed}, but must be at least -2**63 and below 2**64")
         if bias and "learned" not in (student_projection, teacher_projection):
             raise ValueError("bias is True, but a bias goes with a learned projection and there is none")
         self.pairs = _checked_pairs(pairs)
@@ -274,11 +279,14 @@ def _draw(kind: str, D: int, d: int, generator: torch.Generator) -> Tensor:
 
 
 def _checked_pairs(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    checked = tuple(tuple(pair) for pair in pairs)
+    try:
+        checked = tuple(tuple(pair) for pair in pairs)
+    except TypeError:
+        raise TypeError(f"pairs is {pairs!r}, but must hold (student layer, teacher layer) indices") from None
     if not checked:
         raise ValueError("pairs is empty, but must hold at least one (student layer, teacher layer)")
     for pair in checked:
-        if len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
+        if len(pair) != 2 or not all(map(is_whole, pair)):
             raise ValueError(f"pairs holds {pair}, but must hold (student layer, teacher layer) indices")
     return checked  # type: ignore[return-value]
 
@@ -291,6 +299,10 @@ def _widths_of(side: str, widths: Widths, layers: Sequence[int]) -> tuple[int, .
             width = widths if isinstance(widths, int) else widths[layer]
         except (IndexError, KeyError):
             raise ValueError(f"{side}_widths has no entry for layer {layer}, which pairs names") from None
+        except TypeError:
+            raise TypeError(f"{side}_widths is {widths!r}, but must be one width, or hold one by layer") from None
+        if not is_whole(width):
+            raise TypeError(f"{side}_widths gives layer {layer} a width of {width!r}, but it must be a whole number")
         if width < 1:
             raise ValueError(f"{side}_widths gives layer {layer} a width of {width}, but it must be at least 1")
         found.append(width)

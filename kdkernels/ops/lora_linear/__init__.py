@@ -1,0 +1,5 @@
+"""A linear layer with a low-rank adapter, and siblings that share their input."""
+
+from kdkernels.ops.lora_linear.api import LoRA, lora_linear, lora_linear_group
+
+__all__ = ["LoRA", "lora_linear", "lora_linear_group"]

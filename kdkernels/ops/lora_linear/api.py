@@ -1,0 +1,211 @@
+"""`lora_linear` and `lora_linear_group`: the documented functions, their checks and their choice of implementation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from kdkernels import backend as backends
+from kdkernels.contract import Contract, check_tensor
+from kdkernels.ops.lora_linear import method as methods
+from kdkernels.ops.lora_linear import reference, schema
+from kdkernels.philox import draw_states
+
+OP = "lora_linear"
+CONTRACT = Contract(input="... d_in", weight="d_out d_in", lora_A="r d_in", lora_B="d_out r", bias="d_out")
+
+
+class LoRA(NamedTuple):
+    """One layer of a group: the arguments of `lora_linear` but the input."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None = None
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+
+
+def lora_linear(
+    input: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer with a low-rank adapter: x Wᵀ + b + α (x̂ Aᵀ) Bᵀ (arXiv 2106.09685).
+
+    x̂ = mask ⊙ x / (1 − p) is the input after dropout, which acts on the adapter alone, as in PEFT; the base layer sees
+    x. The mask is a function of a seed and an offset, drawn once a call from torch's generator, and of the element's
+    place: the same bits on every backend and for every number of threads, again under the same `torch.manual_seed`
+    and in a recomputed checkpoint, and different on every rank of a process group. It is not stored.
+
+    Args:
+        input: (..., d_in).
+        weight: (d_out, d_in), as in `torch.nn.Linear`, in the input's dtype; frozen or trained.
+        lora_A: (r, d_in), any floating-point dtype: float32 adapters beside a bfloat16 base are read as they are.
+        lora_B: (d_out, r).
+        bias: (d_out,), in the input's dtype.
+        scaling: α, finite: lora_alpha / r, or lora_alpha / √r for rsLoRA (arXiv 2312.03732).
+        dropout_p: p, at least 0 and below 1. While evaluating, pass 0.
+        backend: `"auto"`, `"reference"`, `"native"` (CPU) or `"triton"` (GPU). One that was asked for by name and
+            cannot serve raises.
+
+    Returns:
+        (..., d_out), in the input's dtype; sums run in float32 (float64 for float64) and are rounded once.
+
+    Only the gradients that are needed are computed. For backward the call keeps the input and S = x̂ Aᵀ (N, r), nothing
+    else of an activation's size. The accelerated backends are differentiable once, the reference any way.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or weight or bias has not the input's dtype.
+        ValueError: shapes, devices or options do not fit; the message names the argument.
+    """
+    layer = LoRA(weight, lora_A, lora_B, bias, scaling, dropout_p)
+    return _run(_prepare(input, [layer], backend, ("",)))[0]
+
+
+def lora_linear_group(input: Tensor, layers: Sequence[LoRA], *, backend: str = "auto") -> tuple[Tensor, ...]:
+    """`lora_linear` of several layers that share their input, such as q, k and v, or gate and up.
+
+    The input is read once for all adapters and its gradient is formed at once. Layers that share one frozen `weight`
+    (and bias), such as several students on one base, share its product too. Each layer draws a mask of its own.
+
+    Args:
+        input: (..., d_in).
+        layers: `LoRA(weight, lora_A, lora_B, bias, scaling, dropout_p)`, each as in `lora_linear`; d_out and r may
+            differ.
+        backend: as in `lora_linear`.
+
+    Returns:
+        One (..., d_out) for each layer.
+
+    Raises:
+        TypeError: as in `lora_linear`; the message says which layer.
+        ValueError: likewise, or there are no layers.
+    """
+    layers = [layer if isinstance(layer, LoRA) else LoRA(*layer) for layer in layers]
+    if not layers:
+        raise ValueError("layers is empty, but must have at least one layer")
+    return _run(_prepare(input, layers, backend, tuple(f"layers[{k}]." for k in range(len(layers)))))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked call."""
+
+    input: Tensor  # (N, d_in)
+    layers: Sequence[LoRA]
+    leading: tuple[int, ...]
+    backend: backends.Implementation
+    group: bool
+
+
+def _prepare(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence[str]) -> _Call:
+    check_tensor("input", input)
+    for layer, prefix in zip(layers, prefixes, strict=True):
+        _check(input, layer, prefix)
+    input, layers = _autocast(input, layers)
+    for layer, prefix in zip(layers, prefixes, strict=True):
+        for name in ("weight", "bias"):
+            value = getattr(layer, name)
+            if value is not None and value.dtype is not input.dtype:
+                raise TypeError(f"{prefix}{name} has dtype {value.dtype}, but must have the input's, {input.dtype}")
+    tensors = [input, *(x for layer in layers for x in layer[:4] if x is not None)]
+    chosen = backends.choose(OP, backend, input.device.type, {x.dtype for x in tensors})
+    if chosen.backend != "reference" and not torch.compiler.is_compiling():
+        _refuse_tangents(tensors)
+    leading = input.shape[:-1]
+    if prod(leading) >= 2**32:
+        raise ValueError(f"input has {prod(leading)} points, but must have fewer than 2**32")
+    return _Call(input.reshape(prod(leading), input.shape[-1]), layers, leading, chosen, prefixes[0] != "")
+
+
+def _check(input: Tensor, layer: LoRA, prefix: str) -> None:
+    tensors = {"input": input} | {f"{name}": getattr(layer, name) for name in ("weight", "lora_A", "lora_B", "bias")}
+    try:
+        CONTRACT.bind(tensors)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{prefix}{error}" if prefix else str(error)) from None
+    for name in ("scaling", "dropout_p"):
+        value = getattr(layer, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{prefix}{name} is {type(value).__name__}, but must be a number")
+    if not isfinite(layer.scaling):
+        raise ValueError(f"{prefix}scaling is {layer.scaling}, but must be finite")
+    if not 0 <= layer.dropout_p < 1:
+        raise ValueError(f"{prefix}dropout_p is {layer.dropout_p}, but must be at least 0 and below 1")
+
+
+def _autocast(input: Tensor, layers: Sequence[LoRA]) -> tuple[Tensor, Sequence[LoRA]]:
+    """Under autocast the base layer is cast as `torch.nn.functional.linear` would cast it; adapters stay precise."""
+    device = input.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or input.dtype is torch.float64:
+        return input, layers
+    dtype = torch.get_autocast_dtype(device)
+    cast = [
+        layer._replace(weight=layer.weight.to(dtype), bias=None if layer.bias is None else layer.bias.to(dtype))
+        for layer in layers
+    ]
+    return input.to(dtype), cast
+
+
+def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    """Forward-mode derivatives would be lost without a word."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("lora_linear has no forward-mode derivative on this backend; use backend='reference'")
+
+
+def _run(call: _Call) -> tuple[Tensor, ...]:
+    x, layers = call.input, call.layers
+    drops = any(layer.dropout_p > 0 for layer in layers)
+    states = draw_states(len(layers), x.device) if drops else torch.empty(0, 2, dtype=torch.int64, device=x.device)
+    if call.backend.backend == "reference":
+        outputs = [
+            reference.adapted(
+                x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.dropout_p,
+                states[k] if drops else None,
+            )
+            for k, layer in enumerate(layers)
+        ]  # fmt: skip
+    else:
+        outputs = schema.lora_linear(
+            x,
+            [layer.weight for layer in layers],
+            [x.new_empty(0) if layer.bias is None else layer.bias for layer in layers],
+            [layer.lora_A for layer in layers],
+            [layer.lora_B for layer in layers],
+            [float(layer.scaling) for layer in layers],
+            [float(layer.dropout_p) for layer in layers],
+            states,
+            call.backend.backend,
+        )[: len(layers)]
+    return tuple(y.reshape(*call.leading, y.shape[-1]) for y in outputs)
+
+
+def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
+    import inspect
+
+    bound = inspect.signature(lora_linear).bind(*args, **kwargs)
+    bound.apply_defaults()
+    a = bound.arguments
+    layer = LoRA(a["weight"], a["lora_A"], a["lora_B"], a["bias"], a["scaling"], a["dropout_p"])
+    call = _prepare(a["input"], [layer], a["backend"], ("",))
+    grad = torch.is_grad_enabled()
+    needs = {name: grad and a[name].requires_grad for name in ("input", "weight", "lora_A", "lora_B")}
+    costs = methods.costs(call.input, call.layers[0], needs)
+    dtypes = {x.dtype for x in (call.input, *call.layers[0][:4]) if x is not None}
+    reasons = backends.passed_over(OP, call.backend, a["input"].device.type, dtypes)
+    method = "eager" if call.backend.backend == "reference" else "fused"
+    return backends.Explanation(OP, call.backend.backend, method, reasons, costs)
+
+
+backends.EXPLAINERS[OP] = _explain

@@ -1,0 +1,146 @@
+"""The operator as torch.library sees it: schema, shapes without data, autograd.
+
+One call serves K siblings, layers that share the input; a single layer is K = 1. Backward needs the input, the
+projected points S = x̂ Aᵀ (N, r) and the states of the masks, nothing else of the size of an activation.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops.lora_linear.reference import accumulation_dtype
+
+TWICE = "lora_linear's accelerated backward cannot be differentiated again; use backend='reference' for that"
+
+
+@torch.library.custom_op("kdkernels::lora_linear", mutates_args=())
+def lora_linear(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    states: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    """Y_k (N, d_out) for each sibling, then S_k (N, r).
+
+    `input` is (N, d_in). An absent bias has no elements. `states` is (K, 2) int64, or empty where nothing is dropped.
+    """
+    outputs, projected = _room(input, weights, lora_A)
+    operands = (input, weights, [b if b.numel() else None for b in biases], lora_A, lora_B)
+    _implementation(backend).forward(*operands, scalings, dropout_p, states, outputs, projected)
+    return [*outputs, *projected]
+
+
+@lora_linear.register_fake
+def _(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    states: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    outputs, projected = _room(input, weights, lora_A)
+    return [*outputs, *projected]
+
+
+@torch.library.custom_op("kdkernels::lora_linear_backward", mutates_args=())
+def lora_linear_backward(
+    grad_outputs: Sequence[Tensor],
+    input: Tensor,
+    projected: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    states: Tensor,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of the input, then of each weight, bias, lora_A and lora_B; those not in `needs` are empty."""
+    grads = _gradient_room(needs, input, weights, biases, lora_A, lora_B)
+    operands = (grad_outputs, input, projected, weights, lora_A, lora_B)
+    wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    K = len(weights)
+    by_kind = [wanted[1 + i * K : 1 + (i + 1) * K] for i in range(4)]
+    _implementation(backend).backward(*operands, scalings, dropout_p, states, wanted[0], *by_kind)
+    return grads
+
+
+@lora_linear_backward.register_fake
+def _(
+    grad_outputs: Sequence[Tensor],
+    input: Tensor,
+    projected: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    states: Tensor,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    return _gradient_room(needs, input, weights, biases, lora_A, lora_B)
+
+
+def _implementation(backend: str) -> Any:
+    """`native` or `triton`: imported when first used, so that importing kdkernels imports neither."""
+    return import_module(f"kdkernels.ops.lora_linear.{backend}")
+
+
+def _room(input: Tensor, weights: Sequence[Tensor], lora_A: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    N, wide = input.shape[0], accumulation_dtype(input.dtype)
+    outputs = [input.new_empty(N, W.shape[0]) for W in weights]
+    return outputs, [input.new_empty(N, A.shape[0], dtype=wide) for A in lora_A]
+
+
+def _gradient_room(needs: Sequence[bool], input: Tensor, *operands: Sequence[Tensor]) -> list[Tensor]:
+    """Room for each gradient, contiguous whatever the strides of its operand; empty where none is needed."""
+    flat = [input, *(x for group in operands for x in group)]
+    return [x.new_empty(x.shape if need else 0) for x, need in zip(flat, needs, strict=True)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    input, weights, biases, lora_A, lora_B, scalings, dropout_p, states, backend = inputs
+    K = len(weights)
+    ctx.K = K
+    ctx.save_for_backward(input, states, *output[K:], *weights, *biases, *lora_A, *lora_B)
+    ctx.options = scalings, dropout_p, backend
+
+
+def _differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    K = ctx.K
+    input, states, *rest = ctx.saved_tensors
+    projected, weights, biases, lora_A, lora_B = (rest[i * K : (i + 1) * K] for i in range(5))
+    scalings, dropout_p, backend = ctx.options
+    needs = [ctx.needs_input_grad[0], *(need for group in ctx.needs_input_grad[1:5] for need in group)]
+    found = lora_linear_backward(
+        list(grads[:K]), input, projected, weights, biases, lora_A, lora_B, scalings, dropout_p, states, needs, backend
+    )
+    wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
+    by_kind = [wanted[1 + i * K : 1 + (i + 1) * K] for i in range(4)]
+    return wanted[0], *by_kind, None, None, None, None
+
+
+lora_linear.register_autograd(_differentiate, setup_context=_save)
+
+
+def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError(TWICE)
+
+
+lora_linear_backward.register_autograd(_refuse)

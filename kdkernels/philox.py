@@ -1,0 +1,59 @@
+"""Random numbers that are a function of where they are used: Philox 4×32-10 (Salmon et al. 2011, SC'11).
+
+Element (row, column) of a dropout mask is word `column % 4` of the block that encrypts the counter
+(column // 4, row, offset low, offset high) under the key (seed low, seed high). So any backend, thread or tile draws
+the same mask, in any order, and nothing has to be stored. csrc/common/philox.h is the same function in C++ and CUDA.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+MASK = 0xFFFFFFFF
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Four words (int64 tensors in [0, 2³²)) for a counter of four words and a key of two, which broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # the product wraps in 64 bits, but both its halves are right
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & MASK) ^ c1 ^ k0,
+            product1 & MASK,
+            ((product0 >> 32) & MASK) ^ c3 ^ k1,
+            product0 & MASK,
+        )
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def threshold(p: float) -> int:
+    """An element is dropped when its word is below this: with probability p, to 2⁻³²."""
+    return min(round(p * 2**32), MASK)
+
+
+def keep_mask(state: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    """(rows, cols) bool: which elements dropout with probability p keeps, for a state of (seed, offset)."""
+    seed, offset = state[0], state[1]
+    row = torch.arange(rows, device=state.device)[:, None]  # (rows, 1)
+    block = torch.arange((cols + 3) // 4, device=state.device)[None, :]  # (1, cols/4)
+    counter = (block, row, offset & MASK, (offset >> 32) & MASK)
+    words = torch.stack(philox4x32(counter, (seed & MASK, (seed >> 32) & MASK)), -1)  # (rows, cols/4, 4)
+    return words.flatten(1)[:, :cols] >= threshold(p)
+
+
+def draw_states(count: int, device: torch.device) -> Tensor:
+    """(count, 2) int64: seeds and offsets from torch's generator of the device, without waiting for it.
+
+    So `torch.manual_seed` repeats masks, and checkpointing, which restores the generator, recomputes them. Ranks of a
+    process group, which often share a seed, get different ones.
+    """
+    states = torch.randint(-(2**63), 2**63 - 1, (count, 2), device=device)
+    if dist.is_available() and dist.is_initialized():
+        states[:, 1] += dist.get_rank()
+    return states
