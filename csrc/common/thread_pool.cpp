@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 #ifdef __unix__
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -92,16 +93,57 @@ class Pool {
   int64_t count_ = 0;
 };
 
+// Threads of an OpenMP runtime that is in the process already, as torch's is. They spin for milliseconds after each
+// of torch's loops, so other threads beside them would get half a core. GOMP_parallel is what GNU's, LLVM's and Intel's
+// runtimes all export. Not in a forked child, where these runtimes hang.
+struct Shared {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_number)() = nullptr;
+  explicit operator bool() const { return parallel && thread_number; }
+};
+
+Shared find_shared() {
+  Shared found;
+#ifdef __unix__
+  found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  found.thread_number = reinterpret_cast<decltype(found.thread_number)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+#endif
+  return found;
+}
+
+std::atomic<bool> forked{false};
+
+struct Loop {
+  Task task;
+  void* context;
+  int64_t count;
+  int (*thread_number)();
+  std::atomic<int64_t> next{0};
+
+  static void work(void* self) {
+    Loop& loop = *static_cast<Loop*>(self);
+    const int worker = loop.thread_number();
+    for (int64_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.count;)
+      loop.task(loop.context, i, worker);
+  }
+};
+
 // Never destroyed: workers may outlive static destructors. A forked child has no workers, so it gets a new pool.
 std::atomic<Pool*> pool{new Pool};
 #ifdef __unix__
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  pool = new Pool;
+  forked = true;
+});
 #endif
 
 }  // namespace
 
 void parallel_run(int threads, int64_t count, Task task, void* context) {
-  pool.load()->run(threads, count, task, context);
+  static const Shared shared = find_shared();
+  if (threads <= 1 || count <= 1 || !shared || forked) return pool.load()->run(threads, count, task, context);
+  Loop loop{task, context, count, shared.thread_number};
+  shared.parallel(&Loop::work, &loop, static_cast<unsigned>(count < threads ? count : threads), 0);
 }
 
 }  // namespace kd

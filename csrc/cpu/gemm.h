@@ -227,7 +227,8 @@ void gemm(int threads, int64_t M, int64_t N, const Term<T>* terms, int64_t count
   // Panels of A are made a little smaller where that gives every thread the same number of them.
   const int64_t rounds = ceil_div(M, threads * Tile<T>::panel_rows);
   const int64_t panel_rows = round_up(ceil_div(M, threads * rounds), rows);
-  const int64_t depth = ceil_div(K, ceil_div(K, Tile<T>::depth));  // equal blocks of k
+  // Equal blocks of k. A little longer is better than one more: a narrow term should not cost a pass over C.
+  const int64_t depth = ceil_div(K, ceil_div(K, Tile<T>::depth + Tile<T>::depth / 8));
   const int64_t panel_cols = min(Tile<T>::panel_cols, round_up(N, cols));
   const int64_t row_panels = ceil_div(M, panel_rows);
   const int64_t col_parts = max<int64_t>(1, min(threads / row_panels, ceil_div(panel_cols, 4 * cols)));

@@ -177,7 +177,7 @@ def _run(call: _Call) -> tuple[Tensor, ...]:
             for k, layer in enumerate(layers)
         ]  # fmt: skip
     else:
-        outputs = schema.lora_linear(
+        outputs = schema.call(
             x,
             [layer.weight for layer in layers],
             [x.new_empty(0) if layer.bias is None else layer.bias for layer in layers],
@@ -187,7 +187,7 @@ def _run(call: _Call) -> tuple[Tensor, ...]:
             [float(layer.dropout_p) for layer in layers],
             states,
             call.backend.backend,
-        )[: len(layers)]
+        )
     return tuple(y.reshape(*call.leading, y.shape[-1]) for y in outputs)
 
 

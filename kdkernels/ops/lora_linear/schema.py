@@ -32,10 +32,7 @@ def lora_linear(
 
     `input` is (N, d_in). An absent bias has no elements. `states` is (K, 2) int64, or empty where nothing is dropped.
     """
-    outputs, projected = _room(input, weights, lora_A)
-    operands = (input, weights, [b if b.numel() else None for b in biases], lora_A, lora_B)
-    _implementation(backend).forward(*operands, scalings, dropout_p, states, outputs, projected)
-    return [*outputs, *projected]
+    return _forward(input, weights, biases, lora_A, lora_B, scalings, dropout_p, states, backend)
 
 
 @lora_linear.register_fake
@@ -70,13 +67,9 @@ def lora_linear_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of the input, then of each weight, bias, lora_A and lora_B; those not in `needs` are empty."""
-    grads = _gradient_room(needs, input, weights, biases, lora_A, lora_B)
-    operands = (grad_outputs, input, projected, weights, lora_A, lora_B)
-    wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-    K = len(weights)
-    by_kind = [wanted[1 + i * K : 1 + (i + 1) * K] for i in range(4)]
-    _implementation(backend).backward(*operands, scalings, dropout_p, states, wanted[0], *by_kind)
-    return grads
+    return _backward(
+        grad_outputs, input, projected, weights, biases, lora_A, lora_B, scalings, dropout_p, states, needs, backend
+    )
 
 
 @lora_linear_backward.register_fake
@@ -100,6 +93,46 @@ def _(
 def _implementation(backend: str) -> Any:
     """`native` or `triton`: imported when first used, so that importing kdkernels imports neither."""
     return import_module(f"kdkernels.ops.lora_linear.{backend}")
+
+
+def _forward(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    states: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    outputs, projected = _room(input, weights, lora_A)
+    operands = (input, weights, [b if b.numel() else None for b in biases], lora_A, lora_B)
+    _implementation(backend).forward(*operands, scalings, dropout_p, states, outputs, projected)
+    return [*outputs, *projected]
+
+
+def _backward(
+    grad_outputs: Sequence[Tensor],
+    input: Tensor,
+    projected: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    states: Tensor,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    grads = _gradient_room(needs, input, weights, biases, lora_A, lora_B)
+    operands = (grad_outputs, input, projected, weights, lora_A, lora_B)
+    wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    K = len(weights)
+    by_kind = [wanted[1 + i * K : 1 + (i + 1) * K] for i in range(4)]
+    _implementation(backend).backward(*operands, scalings, dropout_p, states, wanted[0], *by_kind)
+    return grads
 
 
 def _room(input: Tensor, weights: Sequence[Tensor], lora_A: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -144,3 +177,57 @@ def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 
 lora_linear_backward.register_autograd(_refuse)
+
+
+class _Plain(torch.autograd.Function):
+    """The same, without the machinery of torch.library, which costs more than a small layer does."""
+
+    @staticmethod
+    def forward(ctx: Any, K: int, options: tuple[Any, ...], input: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        scalings, dropout_p, states, backend = options
+        groups = [flat[i * K : (i + 1) * K] for i in range(4)]
+        found = _forward(input, *groups, scalings, dropout_p, states, backend)
+        ctx.K, ctx.options = K, options
+        ctx.save_for_backward(input, *found[K:], *flat)
+        return tuple(found[:K])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        K = ctx.K
+        input, *rest = ctx.saved_tensors
+        projected, *groups = (rest[i * K : (i + 1) * K] for i in range(5))
+        scalings, dropout_p, states, backend = ctx.options
+        needs = list(ctx.needs_input_grad[2:])
+        # the operator refuses to be differentiated again
+        backward = lora_linear_backward if torch.is_grad_enabled() else _backward
+        found = backward(list(grads), input, projected, *groups, scalings, dropout_p, states, needs, backend)
+        return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
+
+
+def call(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    states: Tensor,
+    backend: str,
+) -> Sequence[Tensor]:
+    """Y_k for each sibling: through torch.library where something must see the operator, else directly."""
+    tensors = (input, *weights, *biases, *lora_A, *lora_B)
+    if _watched(tensors):
+        operands = (input, weights, biases, lora_A, lora_B)
+        return lora_linear(*operands, scalings, dropout_p, states, backend)[: len(weights)]
+    return _Plain.apply(len(weights), (scalings, dropout_p, states, backend), *tensors)
+
+
+def _watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether a compiler, a transform, a mode or a tensor subclass is at work."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )

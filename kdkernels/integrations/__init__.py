@@ -1,0 +1,4 @@
+"""kdkernels inside other libraries, which are optional: `import kdkernels` imports none of them.
+
+- `kdkernels.integrations.peft`: PEFT's LoRA layers, computed by `kdkernels.lora_linear`.
+"""
