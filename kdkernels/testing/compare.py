@@ -7,7 +7,7 @@ tensors, ‖x − exact‖ / ‖exact‖: single elements of two correct runs di
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,10 +35,11 @@ class Outcome:
     loss: Tensor
     grads: dict[str, Tensor]
     name: str = "loss"  # what reports call the first
+    others: dict[str, Tensor] = field(default_factory=dict)  # further results
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, by the names that reports show."""
-        return {self.name: self.loss} | {f"grad {name}": grad for name, grad in self.grads.items()}
+        return {self.name: self.loss} | self.others | {f"grad {name}": grad for name, grad in self.grads.items()}
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,7 @@ def _run(call: _Call) -> tuple[Tensor, ...]:
     x, layers = call.input, call.layers
     drops = any(layer.dropout_p > 0 for layer in layers)
     states = draw_states(len(layers), x.device) if drops else torch.empty(0, 2, dtype=torch.int64, device=x.device)
+    outputs: Sequence[Tensor]
     if call.backend.backend == "reference":
         outputs = [
             reference.adapted(

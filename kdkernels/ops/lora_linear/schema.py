@@ -185,8 +185,8 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, K: int, options: tuple[Any, ...], input: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
         scalings, dropout_p, states, backend = options
-        groups = [flat[i * K : (i + 1) * K] for i in range(4)]
-        found = _forward(input, *groups, scalings, dropout_p, states, backend)
+        weights, biases, lora_A, lora_B = (flat[i * K : (i + 1) * K] for i in range(4))
+        found = _forward(input, weights, biases, lora_A, lora_B, scalings, dropout_p, states, backend)
         ctx.K, ctx.options = K, options
         ctx.save_for_backward(input, *found[K:], *flat)
         return tuple(found[:K])
@@ -195,12 +195,13 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         K = ctx.K
         input, *rest = ctx.saved_tensors
-        projected, *groups = (rest[i * K : (i + 1) * K] for i in range(5))
+        projected, weights, biases, lora_A, lora_B = (rest[i * K : (i + 1) * K] for i in range(5))
         scalings, dropout_p, states, backend = ctx.options
+        operands = (input, projected, weights, biases, lora_A, lora_B)
         needs = list(ctx.needs_input_grad[2:])
         # the operator refuses to be differentiated again
         backward = lora_linear_backward if torch.is_grad_enabled() else _backward
-        found = backward(list(grads), input, projected, *groups, scalings, dropout_p, states, needs, backend)
+        found = backward(list(grads), *operands, scalings, dropout_p, states, needs, backend)
         return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
 
 

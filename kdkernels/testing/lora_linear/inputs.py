@@ -74,23 +74,41 @@ def make_inputs(
     return Inputs(x, tuple(layers), states, frozenset(needs))
 
 
-def run(inputs: Inputs, function: Callable[[Tensor, tuple[LoRA, ...]], Sequence[Tensor]]) -> Outcome:
-    """All outputs side by side (N, Σ d_out), and the wanted gradients of their sum times `incoming`."""
-    x = inputs.input.detach().requires_grad_("input" in inputs.needs)
-    leaves: dict[int, Tensor] = {}
-    wanted = {"input": x} if x.requires_grad else {}
-    layers = []
-    for k, layer in enumerate(inputs.layers):
-        for name in NAMES:
-            tensor = getattr(layer, name)
-            if tensor is not None and id(tensor) not in leaves:
-                leaves[id(tensor)] = tensor.detach().requires_grad_(name in inputs.needs)
-                if name in inputs.needs:
-                    wanted[f"{name} {k}"] = leaves[id(tensor)]
-        layers.append(LoRA(*(leaves.get(id(value), value) for value in layer)))  # type: ignore[arg-type]
-    value = torch.cat(list(function(x, tuple(layers))), dim=-1)
-    grads = torch.autograd.grad(value, list(wanted.values()), incoming(value)) if wanted else ()
-    return Outcome(value.detach(), dict(zip(wanted, grads, strict=True)), "output")
+Function = Callable[[Tensor, tuple[LoRA, ...]], Sequence[Tensor]]
+
+
+class Step:
+    """Forward and backward on one set of leaves; what arrives from behind is made beforehand."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.input = inputs.input.detach().requires_grad_("input" in inputs.needs)
+        self.wanted = {"input": self.input} if self.input.requires_grad else {}
+        leaves: dict[int, Tensor] = {}
+        layers = []
+        for k, layer in enumerate(inputs.layers):
+            for name in NAMES:
+                tensor = getattr(layer, name)
+                if tensor is not None and id(tensor) not in leaves:
+                    leaves[id(tensor)] = tensor.detach().requires_grad_(name in inputs.needs)
+                    if name in inputs.needs:
+                        self.wanted[f"{name} {k}"] = leaves[id(tensor)]
+            layers.append(LoRA(*(leaves.get(id(value), value) for value in layer)))  # type: ignore[arg-type]
+        self.layers = tuple(layers)
+        shapes = [(len(self.input), layer.weight.shape[0]) for layer in layers]
+        self.incoming = [incoming(self.input.new_empty(shape)) for shape in shapes]
+
+    def __call__(self, function: Function) -> Outcome:
+        """All outputs, and the wanted gradients of them times `incoming`."""
+        outputs = function(self.input, self.layers)
+        grads = torch.autograd.grad(outputs, list(self.wanted.values()), self.incoming) if self.wanted else ()
+        first, *others = (y.detach() for y in outputs)
+        named = {f"output {k}": y for k, y in enumerate(others, 1)}
+        return Outcome(first, dict(zip(self.wanted, grads, strict=True)), "output", named)
+
+
+def run(inputs: Inputs, function: Function) -> Outcome:
+    """One step on fresh leaves."""
+    return Step(inputs)(function)
 
 
 def exact(inputs: Inputs) -> Outcome:

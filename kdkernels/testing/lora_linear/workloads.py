@@ -14,7 +14,7 @@ from kdkernels.backend import Cost, Explanation
 from kdkernels.ops.lora_linear import LoRA, reference
 from kdkernels.philox import draw_states
 from kdkernels.testing.compare import Deviation, Outcome, deviations, errors
-from kdkernels.testing.lora_linear.inputs import Inputs, exact, make_inputs, run
+from kdkernels.testing.lora_linear.inputs import Function, Inputs, Step, exact, make_inputs
 from kdkernels.testing.lora_linear.inputs import eager as eager_outcome
 
 OP = "lora_linear"
@@ -43,9 +43,13 @@ class Session:
 
     inputs: Inputs
     dtype: torch.dtype = field(init=False)
+    whole: Step = field(init=False)
+    base: Step = field(init=False)  # of the linear layers alone, which have a gradient for the input only
 
     def __post_init__(self) -> None:
         self.dtype = self.inputs.input.dtype
+        self.whole = Step(self.inputs)
+        self.base = Step(replace(self.inputs, needs=frozenset(("input",))))
 
     def refresh(self) -> None:
         """What happens between two steps, untimed: the same masks for all of a variant's steps."""
@@ -54,7 +58,7 @@ class Session:
     def variants(self) -> dict[str, Callable[[], Outcome]]:
         """One forward and backward of each contender."""
         torch.compiler.reset()
-        functions: dict[str, Callable[[Tensor, Layers], Sequence[Tensor]]] = {
+        functions: dict[str, Function] = {
             "linear": linear,
             "eager": eager,
             "torch.compile": torch.compile(eager, fullgraph=True, dynamic=False),
@@ -66,10 +70,9 @@ class Session:
         functions["kdkernels"] = kdkernels
         return {name: lambda function=function: self.step(function) for name, function in functions.items()}  # type: ignore[misc]
 
-    def step(self, function: Callable[[Tensor, Layers], Sequence[Tensor]]) -> Outcome:
+    def step(self, function: Function) -> Outcome:
         """Outputs and the wanted gradients."""
-        inputs = self.inputs if function is not linear else replace(self.inputs, needs=frozenset(("input",)))
-        return run(inputs, function)
+        return (self.base if function is linear else self.whole)(function)
 
     def judge(self, outcomes: dict[str, Outcome]) -> dict[str, list[Deviation]]:
         """Each variant's errors against float64, beside twice those of eager.
