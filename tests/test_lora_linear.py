@@ -443,6 +443,46 @@ def test_bfloat16_is_rounded_once():
         assert not off.any()
 
 
+@native_only
+def test_a_sign_that_torch_keeps_in_the_view():
+    draw = torch.Generator().manual_seed(0)
+
+    def negative(*shape):
+        return torch.view_as_complex(torch.randn(*shape, 2, generator=draw)).conj().imag
+
+    x, weight, dY = negative(9, 6), negative(5, 6), negative(9, 5)
+    lora_A, lora_B = torch.randn(2, 6, generator=draw), torch.randn(5, 2, generator=draw)
+    assert x.is_neg() and weight.is_neg() and dY.is_neg()
+    results = []
+    for backend in ("native", "reference"):
+        leaf = x.detach().requires_grad_()
+        y = kd.lora_linear(leaf, weight, lora_A, lora_B, backend=backend)
+        results.append((y, *torch.autograd.grad(y, leaf, dY)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@native_only
+def test_a_scaling_that_becomes_dynamic():
+    x, weight, lora_A, lora_B, _ = operands(grad=False)
+    compiled = torch.compile(
+        lambda x, s: kd.lora_linear(x, weight, lora_A, lora_B, scaling=s), fullgraph=True, backend="aot_eager"
+    )
+    for scaling in (1.0, 2.0, 3.5):
+        expected = kd.lora_linear(x, weight, lora_A, lora_B, scaling=scaling)
+        torch.testing.assert_close(compiled(x, scaling), expected)
+
+
+def test_torch_func_takes_the_reference():
+    x, weight, lora_A, lora_B, _ = operands(grad=False)
+    grad = torch.func.grad(lambda x: kd.lora_linear(x, weight, lora_A, lora_B).sum())(x)
+    torch.testing.assert_close(grad, (weight + lora_B @ lora_A).sum(0).expand_as(x))
+    each = torch.func.vmap(lambda x: kd.lora_linear(x, weight, lora_A, lora_B))(x)
+    torch.testing.assert_close(each, kd.lora_linear(x, weight, lora_A, lora_B, backend="reference"))
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda x: kd.lora_linear(x, weight, lora_A, lora_B, backend="native").sum())(x)
+
+
 # ---- errors
 
 
@@ -463,6 +503,8 @@ def test_bfloat16_is_rounded_once():
         ({"dropout_p": float("nan")}, ValueError, "dropout_p is nan"),
         ({"dropout_p": "0.1"}, TypeError, "dropout_p is str"),
         ({"scaling": float("inf")}, ValueError, "scaling is inf"),
+        ({"scaling": 10**400}, ValueError, "scaling is 1000"),
+        ({"lora_A": torch.randn(0, 12), "lora_B": torch.randn(9, 0)}, ValueError, "rank of at least 1"),
         ({"scaling": None}, TypeError, "scaling is NoneType"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
         ({"backend": "triton"}, ValueError, "triton"),

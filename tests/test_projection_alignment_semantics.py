@@ -367,7 +367,7 @@ def test_a_forward_mode_derivative_is_refused_not_lost():
     def value(s, backend):
         return kd.projection_alignment_loss(s, other, backend=backend)
 
-    with pytest.raises(RuntimeError, match="no forward-mode derivative on this backend; use backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"forward-mode jvp.*use backend='reference'"):
         torch.func.jvp(lambda s: value(s, "native"), (point,), (tangent,))
     _, derivative = torch.func.jvp(lambda s: value(s, "reference"), (point,), (tangent,))
     step = 1e-3 * tangent

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import backend as backends
-from kdkernels.contract import Contract, check_tensor
+from kdkernels.contract import Contract, check_tensor, show
 from kdkernels.ops.lora_linear import method as methods
 from kdkernels.ops.lora_linear import reference, schema
 from kdkernels.philox import draw_states
 
 OP = "lora_linear"
+FLOAT32_MAX = 3.4028234663852886e38
 CONTRACT = Contract(input="... d_in", weight="d_out d_in", lora_A="r d_in", lora_B="d_out r", bias="d_out")
 
 
@@ -46,7 +47,8 @@ def lora_linear(
     x̂ = mask ⊙ x / (1 − p) is the input after dropout, which acts on the adapter alone, as in PEFT; the base layer sees
     x. The mask is a function of a seed and an offset, drawn once a call from torch's generator, and of the element's
     place: the same bits on every backend and for every number of threads, again under the same `torch.manual_seed`
-    and in a recomputed checkpoint, and different on every rank of a process group. It is not stored.
+    and in a recomputed checkpoint, and different on every rank of a process group. It is not stored. (Code compiled by
+    inductor draws from inductor's generator, as its own dropout does: repeatable, but not eager's mask.)
 
     Args:
         input: (..., d_in).
@@ -86,7 +88,7 @@ def lora_linear_group(input: Tensor, layers: Sequence[LoRA], *, backend: str = "
         backend: as in `lora_linear`.
 
     Returns:
-        One (..., d_out) for each layer.
+        One (..., d_out) for each layer. A layer whose output is not used gets gradients of zero, not None.
 
     Raises:
         TypeError: as in `lora_linear`; the message says which layer.
@@ -139,7 +141,11 @@ def _check(input: Tensor, layer: LoRA, prefix: str) -> None:
         value = getattr(layer, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{prefix}{name} is {type(value).__name__}, but must be a number")
-    if not isfinite(layer.scaling):
+    if layer.lora_A.shape[0] < 1:
+        raise ValueError(
+            f"{prefix}lora_A has shape {show(tuple(layer.lora_A.shape))}, but must have a rank of at least 1"
+        )
+    if not abs(layer.scaling) <= FLOAT32_MAX:  # math.isfinite would break a compiled graph
         raise ValueError(f"{prefix}scaling is {layer.scaling}, but must be finite")
     if not 0 <= layer.dropout_p < 1:
         raise ValueError(f"{prefix}dropout_p is {layer.dropout_p}, but must be at least 0 and below 1")

@@ -199,9 +199,9 @@ def workloads(quick: bool = False) -> list[Workload]:
     name = f"LoRA, N={N}, {wide['d_in']} -> {wide['d_out']}, r={r}, p=0.1"
     cases.append(Workload(f"{name}, bfloat16, float32 adapters", wide))
     d = 768 // shrink
-    for p in (0.0, 0.1):
-        group: dict[str, Any] = {"N": N, "d_in": d, "d_out": d, "r": r, "K": 3, "dropout_p": p}
-        cases.append(Workload(f"LoRA, q, k and v, N={N}, {d} -> {d}, p={p:g}", group))
+    for points, p in ((N, 0.0), (N, 0.1), (64, 0.1)):
+        group: dict[str, Any] = {"N": points, "d_in": d, "d_out": d, "r": r, "K": 3, "dropout_p": p}
+        cases.append(Workload(f"LoRA, q, k and v, N={points}, {d} -> {d}, p={p:g}", group))
     small = {"N": 64, "d_in": 64, "d_out": 64, "r": 8, "dropout_p": 0.1}
     cases.append(Workload("LoRA, small: N=64, 64 -> 64, r=8, p=0.1", small))
     return cases
