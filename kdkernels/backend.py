@@ -83,17 +83,17 @@ def choose(op: str, requested: str, device: str, dtypes: Iterable[torch.dtype]) 
     """The implementation that runs.
 
     A backend asked for by name either serves or raises: ImportError when its module is missing, ValueError when it
-    does not support the case, RuntimeError under torch.func, where `auto` takes the reference.
+    does not support the case, RuntimeError under torch.func and torch.jit.trace, where `auto` takes the reference.
     """
     dtypes = tuple(dtypes)
     if requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}, but must be one of {', '.join(map(repr, BACKENDS))}")
     wanted = _default if requested == "auto" else requested
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()):
         if wanted not in ("auto", "reference"):
             raise RuntimeError(
-                f"{op} on backend {wanted!r} knows no torch.func transforms (grad, vmap, forward-mode jvp); use "
-                "backend='reference'"
+                f"{op} on backend {wanted!r} knows neither torch.func transforms (grad, vmap, forward-mode jvp) nor "
+                "torch.jit.trace; use backend='reference'"
             )
         wanted = "reference"
     rows = [row for row in TABLE if row.op == op and wanted in ("auto", row.backend)]

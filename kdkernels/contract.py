@@ -76,6 +76,8 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is {type(value).__name__}, but must be a torch.Tensor")
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}, but must be a floating-point tensor")
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor, but must be dense: pad it first")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} has layout {value.layout}, but must be dense (torch.strided)")
 

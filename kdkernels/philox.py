@@ -53,7 +53,24 @@ def draw_states(count: int, device: torch.device) -> Tensor:
     So `torch.manual_seed` repeats masks, and checkpointing, which restores the generator, recomputes them. Ranks of a
     process group, which often share a seed, get different ones.
     """
-    states = torch.randint(-(2**63), 2**63 - 1, (count, 2), device=device)
+    room = torch.empty(count, 2, dtype=torch.int64, device=device)
+    return _drawn(room) if torch.compiler.is_compiling() else _draw(room)
+
+
+def _draw(room: Tensor) -> Tensor:
+    states = torch.randint(-(2**63), 2**63 - 1, room.shape, device=room.device)
     if dist.is_available() and dist.is_initialized():
         states[:, 1] += dist.get_rank()
     return states
+
+
+# An operator of its own, because compilers would draw a plain randint from a generator of theirs: other masks. It takes
+# an empty tensor, because they merge calls with equal arguments but never two empty tensors.
+_drawn = torch.library.custom_op(
+    "kdkernels::draw_states", _draw, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+
+
+@_drawn.register_fake
+def _(room: Tensor) -> Tensor:
+    return torch.empty_like(room)

@@ -13,6 +13,7 @@ from kdkernels import _native
 from kdkernels.testing.compare import poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[1]
+ISAS = ("avx512", "avx2", "baseline")
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,18 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One instruction set, for this test: parametrize it indirectly with ISAS."""
+    module = _native.module()
+    if request.param not in module.isas():
+        pytest.skip(f"this processor or build has no {request.param}")
+    before = module.isa()
+    module.select_isa(request.param)
+    yield request.param
+    module.select_isa(before)
 
 
 @pytest.fixture

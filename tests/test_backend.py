@@ -31,7 +31,7 @@ def test_every_op_ends_with_a_reference_that_runs_anywhere():
 
 def test_every_backend_of_the_table_has_a_name_and_every_op_an_explanation():
     assert {row.backend for row in backend.TABLE} <= set(backend.BACKENDS)
-    assert {row.op for row in backend.TABLE} == set(backend.EXPLAINERS)
+    assert {row.op for row in backend.TABLE} <= set(backend.EXPLAINERS)
 
 
 def test_the_readme_shows_the_table():
@@ -100,7 +100,7 @@ def test_explain_says_what_runs_and_why_not_another():
 
 
 def test_explain_names_the_ops_it_knows():
-    with pytest.raises(ValueError, match="op is 'softmax', but must be one of 'lora_linear', 'proj"):
+    with pytest.raises(ValueError, match="op is 'softmax', but must be one of 'lora_linear', 'lora_linear_group', 'proj"):
         kd.explain("softmax")
 
 

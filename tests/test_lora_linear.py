@@ -1,50 +1,21 @@
 """`lora_linear` and `lora_linear_group`: against float64 and autograd, under transforms, on every instruction set."""
 
 import itertools
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from torch.utils.checkpoint import checkpoint
+from conftest import ISAS
+from lora import BACKENDS, call, native_only, operands
 
 import kdkernels as kd
 from kdkernels import _native
-from kdkernels.ops.lora_linear import api, reference, schema
-from kdkernels.philox import keep_mask, philox4x32, threshold
+from kdkernels.ops.lora_linear import reference, schema
+from kdkernels.philox import keep_mask
 from kdkernels.testing.check import FLOAT64_SHARE
 from kdkernels.testing.lora_linear.checks import QUICK, VARIANTS, compare_case
 from kdkernels.testing.lora_linear.inputs import NAMES, exact, make_inputs, ours
-
-native_only = pytest.mark.native
-BACKENDS = ("reference", pytest.param("native", marks=native_only))
-ISAS = ("avx512", "avx2", "baseline")
-
-
-@pytest.fixture
-def isa(request):
-    """One instruction set, for this test."""
-    module = _native.module()
-    if request.param not in module.isas():
-        pytest.skip(f"this processor or build has no {request.param}")
-    before = module.isa()
-    module.select_isa(request.param)
-    yield request.param
-    module.select_isa(before)
-
-
-def operands(N=7, d_in=12, d_out=9, r=3, dtype=torch.float64, grad=True):
-    draw = torch.Generator().manual_seed(3)
-    shapes = ((N, d_in), (d_out, d_in), (r, d_in), (d_out, r), (d_out,))
-    return [torch.randn(s, generator=draw, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes]
-
-
-def call(x, weight, lora_A, lora_B, bias, **options):
-    return kd.lora_linear(x, weight, lora_A, lora_B, bias=bias, scaling=1.5, **options)
-
 
 # ---- numbers
 
@@ -131,240 +102,6 @@ def test_a_group_is_its_layers(shared, p):
         single = replace(inputs, layers=inputs.layers[k : k + 1], states=inputs.states[k : k + 1])
         expected = together["output" if k == 0 else f"output {k}"]
         torch.testing.assert_close(ours(single, "native").loss, expected, rtol=1e-5, atol=1e-6)
-
-
-# ---- masks
-
-
-def test_philox_is_the_published_one():
-    """Test vectors of the authors' Random123 library (kat_vectors)."""
-    vectors = [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ]
-    for counter, key, words in vectors:
-        found = philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
-        assert tuple(int(word) for word in found) == words
-        if _native.why_not() is None:
-            assert tuple(_native.module().philox4x32(counter, key)) == words
-
-
-@native_only
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
-@pytest.mark.parametrize(("N", "d"), ((1, 1), (5, 7), (70, 130), (300, 1030)))
-def test_masks_are_the_same_bits_everywhere(N, d, dtype, isa):
-    """With A = 1 and x = 1 the projected points are the mask itself, in forward and in both places of backward."""
-    for seed, offset, p in ((1, 2, 0.1), (-(2**63), 2**63 - 1, 0.5), (12345678901234, -1, 0.93)):
-        state = torch.tensor([[seed, offset]])
-        mask = keep_mask(state[0], N, d, p).to(torch.float64)
-        x, eye = torch.ones(N, d, dtype=dtype), torch.eye(d, dtype=dtype)
-        _, S = schema.lora_linear(x, [eye], [x.new_empty(0)], [eye], [eye], [1.0], [p], state, "native")
-        assert torch.equal((S != 0).double(), mask)
-        ones, W = torch.ones(N, d, dtype=dtype), torch.zeros(d, d, dtype=dtype)
-        operands = ([ones], x, [S], [W], [x.new_empty(0)], [eye], [eye], [1.0], [p], state)
-        dX, *_ = schema.lora_linear_backward(*operands, [True] + [False] * 4, "native")
-        assert torch.equal((dX != 0).double(), mask)
-        dA = schema.lora_linear_backward(*operands, [False, False, False, True, False], "native")[3]
-        expected = mask.sum(0).expand(d, d) / (1 - p)
-        torch.testing.assert_close(dA.double(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("p", (0.05, 0.1, 0.5, 0.9))
-def test_masks_look_random(p):
-    N, d = 600, 520
-    masks = [keep_mask(torch.tensor(state), N, d, p).double() for state in ((1, 0), (2, 0), (1, 1), (1, 2**40))]
-    count, variance = N * d, p * (1 - p)
-    bound = 5 / count**0.5  # five standard deviations of a correlation
-    for mask in masks:
-        assert abs(mask.mean() - (1 - p)) < 5 * (variance / count) ** 0.5
-        for axis, n in ((0, d), (1, N)):  # no row or column is favoured
-            assert ((mask.mean(axis) - (1 - p)).abs() < 6 * (variance / (count / n)) ** 0.5).all()
-        centred = (mask - (1 - p)) / variance**0.5
-        for shift in ((0, 1), (0, 2), (0, 4), (1, 0), (1, 1)):
-            assert abs((centred * centred.roll(shift, (0, 1))).mean()) < bound
-    for a, b in itertools.combinations(masks, 2):  # seeds and offsets are independent
-        assert abs(((a - (1 - p)) * (b - (1 - p))).mean() / variance) < bound
-
-
-def test_the_threshold_of_a_probability():
-    assert threshold(0.0) == 0
-    assert threshold(0.5) == 2**31
-    assert threshold(1 - 2**-40) == 2**32 - 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_masks_follow_the_generator(backend):
-    tensors = operands(20, 40, 30, 4)
-    outputs = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(seed)
-        outputs.append([call(*tensors, dropout_p=0.5, backend=backend) for _ in range(2)])  # two layers
-    assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])
-    assert not torch.equal(outputs[0][0], outputs[0][1])
-    assert not torch.equal(outputs[0][0], outputs[2][0])
-
-
-def test_backends_draw_the_same_masks():
-    if _native.why_not():
-        pytest.skip(_native.why_not())
-    tensors = operands(20, 40, 30, 4)
-    found = []
-    for backend in ("reference", "native"):
-        torch.manual_seed(5)
-        found.append(call(*tensors, dropout_p=0.5, backend=backend))
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("use_reentrant", (False, True))
-def test_a_recomputed_checkpoint_has_the_same_mask(backend, use_reentrant):
-    tensors = operands(20, 40, 30, 4)
-
-    def step(*t):
-        return call(*t, dropout_p=0.5, backend=backend)
-
-    grads = []
-    for function in (step, lambda *t: checkpoint(step, *t, use_reentrant=use_reentrant)):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        torch.manual_seed(9)
-        function(*leaves).square().sum().backward()
-        grads.append([t.grad for t in leaves])
-    assert all(map(torch.equal, *grads))
-
-
-def rank_mask(rank, path, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    results[rank] = api.draw_states(1, torch.device("cpu")).tolist()
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_with_one_seed_draw_different_masks(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(rank_mask, (tmp_path / "store", results), nprocs=2)
-        states = [torch.tensor(results[rank][0]) for rank in range(2)]
-    masks = [keep_mask(state, 50, 50, 0.5) for state in states]
-    assert not torch.equal(*masks)
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_philox_compiles_for_gpus(tmp_path):
-    source = tmp_path / "philox.cu"
-    source.write_text(
-        '#include "philox.h"\n'
-        "__global__ void draw(kd::PhiloxBlock* out, unsigned key) {\n"
-        "  out[threadIdx.x] = kd::philox4x32({{threadIdx.x, 0, 0, 0}}, key, 0);\n}\n"
-    )
-    for sm in (80, 90, 100, 120):
-        command = ["nvcc", "-std=c++20", f"-arch=sm_{sm}", f"-I{ROOT / 'csrc/common'}", "-cubin", "-Xptxas=-v"]
-        command += ["-o", str(tmp_path / "philox.cubin"), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
-
-
-# ---- what is kept and what is computed
-
-
-@native_only
-@pytest.mark.parametrize("p", (0.0, 0.1))
-def test_bytes_kept_for_backward(p):
-    N, d_in, d_out, r = 64, 96, 80, 4
-    x, weight, lora_A, lora_B, bias = operands(N, d_in, d_out, r, torch.float32)
-    weight, bias = weight.detach(), bias.detach()
-    parameters = {t.data_ptr() for t in (weight, lora_A, lora_B, bias)}
-    kept = {}
-
-    def pack(t):
-        if t.data_ptr() not in parameters:
-            kept[t.data_ptr()] = t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call(x, weight, lora_A, lora_B, bias, dropout_p=p, backend="native")
-    assert sum(kept.values()) <= x.numel() * 4 + N * r * 4 + N * d_in // 8
-
-
-@native_only
-def test_only_requested_gradients_are_computed(monkeypatch):
-    from kdkernels.ops.lora_linear import native
-
-    rooms = []
-    backward = native.backward
-
-    def spy(*arguments):
-        rooms.append([arguments[9], *(group[0] for group in arguments[10:])])
-        backward(*arguments)
-
-    monkeypatch.setattr(native, "backward", spy)
-    for wanted, room in enumerate((0, 1, 3, 4, 2)):  # input, weight, lora_A, lora_B and bias among backward's rooms
-        tensors = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(operands())]
-        call(*tensors, backend="native").sum().backward()
-        assert [i for i, found in enumerate(rooms.pop()) if found is not None] == [room]
-
-
-# ---- transforms
-
-
-@native_only
-def test_opcheck():
-    for K, p in ((1, 0.0), (2, 0.3)):
-        inputs = make_inputs(K=K, dropout_p=p)
-        weights, lora_A, lora_B, biases, scalings, dropout_p = zip(*inputs.layers, strict=True)
-        groups = [[t.requires_grad_() for t in group] for group in (weights, biases, lora_A, lora_B)]
-        states = inputs.states if p else inputs.states[:0]
-        arguments = (inputs.input.requires_grad_(), *groups, list(scalings), list(dropout_p), states, "native")
-        torch.library.opcheck(schema.lora_linear, arguments)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("p", (0.0, 0.3))
-def test_compiled_as_one_graph_with_dynamic_shapes(backend, p):
-    def step(*t):
-        return call(*t, dropout_p=p, backend=backend)
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for N in (5, 8):
-        tensors = operands(N)
-        grads = []
-        for function in (step, compiled):
-            torch.manual_seed(4)
-            grads.append(torch.autograd.grad(function(*tensors).square().sum(), tensors))
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-@native_only
-def test_compiled_by_inductor():
-    tensors = operands(dtype=torch.float32)
-    compiled = torch.compile(lambda *t: call(*t, backend="native"), fullgraph=True)
-    for a, b in zip(
-        torch.autograd.grad(compiled(*tensors).square().sum(), tensors),
-        torch.autograd.grad(call(*tensors, backend="native").square().sum(), tensors),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_casts_the_base_as_linear_does(backend):
-    tensors = operands(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = call(*tensors, backend=backend)
-        assert y.dtype is F.linear(tensors[0], tensors[1]).dtype is torch.bfloat16
-        z = call(*(t.double() for t in tensors), backend=backend)
-    assert z.dtype is torch.float64
-    grads = torch.autograd.grad(y.float().sum(), tensors)
-    assert all(g.dtype is torch.float32 for g in grads)
-    torch.testing.assert_close(y.float(), call(*tensors, backend=backend), rtol=5e-2, atol=5e-2)
 
 
 # ---- shapes, strides, values
@@ -460,27 +197,6 @@ def test_a_sign_that_torch_keeps_in_the_view():
         results.append((y, *torch.autograd.grad(y, leaf, dY)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@native_only
-def test_a_scaling_that_becomes_dynamic():
-    x, weight, lora_A, lora_B, _ = operands(grad=False)
-    compiled = torch.compile(
-        lambda x, s: kd.lora_linear(x, weight, lora_A, lora_B, scaling=s), fullgraph=True, backend="aot_eager"
-    )
-    for scaling in (1.0, 2.0, 3.5):
-        expected = kd.lora_linear(x, weight, lora_A, lora_B, scaling=scaling)
-        torch.testing.assert_close(compiled(x, scaling), expected)
-
-
-def test_torch_func_takes_the_reference():
-    x, weight, lora_A, lora_B, _ = operands(grad=False)
-    grad = torch.func.grad(lambda x: kd.lora_linear(x, weight, lora_A, lora_B).sum())(x)
-    torch.testing.assert_close(grad, (weight + lora_B @ lora_A).sum(0).expand_as(x))
-    each = torch.func.vmap(lambda x: kd.lora_linear(x, weight, lora_A, lora_B))(x)
-    torch.testing.assert_close(each, kd.lora_linear(x, weight, lora_A, lora_B, backend="reference"))
-    with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.grad(lambda x: kd.lora_linear(x, weight, lora_A, lora_B, backend="native").sum())(x)
 
 
 # ---- errors

@@ -157,9 +157,10 @@ def test_repr_tells_the_configuration():
         ({"backend": "cuda"}, "backend is 'cuda', but must be one of 'auto'"),
         ({"device": "gpu0"}, "device is 'gpu0', but must be a torch.device"),
         ({"device": 1.5}, "device is 1.5, but must be a torch.device"),
-        ({"dtype": torch.int8}, "dtype is torch.int8, but must be a floating-point torch.dtype"),
-        ({"dtype": "float32"}, "dtype is 'float32', but must be a floating-point torch.dtype"),
-        ({"adapter_dtype": torch.bool}, "adapter_dtype is torch.bool, but must be a floating-point torch.dtype"),
+        ({"dtype": torch.int8}, "dtype is torch.int8, but must be one of torch.float32"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype is torch.float8_e4m3fn, but must be one of torch.float32"),
+        ({"dtype": "float32"}, "dtype is 'float32', but must be one of torch.float32"),
+        ({"adapter_dtype": torch.bool}, "adapter_dtype is torch.bool, but must be one of torch.float32"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -227,19 +227,19 @@ void add_dropped(const LoraLinear& call, const List<Buffer<T>>& dS, const List<P
 // Σ dY, rows [begin, begin + n), of all layers with the weight of layer `first`; absent if it is alone.
 template <class T, class F>
 Buffer<T> shared_gradient(const LoraLinear& call, int64_t first, F&& same, int64_t begin, int64_t n, int threads) {
-  Buffer<T> sum;
+  Buffer<T> sum, lines;
   const LoraLayer& layer = call.layers[first];
   const int64_t d_out = layer.weight.rows;
   for (int64_t k = first + 1; k < call.count; ++k) {
     if (!same(layer, call.layers[k])) continue;
     const bool started = sum.get();
-    if (!started) sum = Buffer<T>(n * d_out);
-    parallel_chunks(threads, n, kRowGrain, [&](int64_t i0, int64_t i1) {
-      Buffer<T> line(d_out);
-      for (int64_t i = i0; i < i1; ++i) {
+    if (!started) sum = Buffer<T>(n * d_out), lines = Buffer<T>(threads * d_out);
+    parallel_for(threads, ceil_div(n, kRowGrain), [&](int64_t chunk, int worker) {
+      T* line = lines.get() + worker * d_out;
+      for (int64_t i = chunk * kRowGrain; i < min(n, (chunk + 1) * kRowGrain); ++i) {
         T* to = sum.get() + i * d_out;
         if (!started) Activation<T>{layer.grad_output}.read(begin + i, 0, d_out, to);
-        Activation<T>{call.layers[k].grad_output}.read(begin + i, 0, d_out, line.get());
+        Activation<T>{call.layers[k].grad_output}.read(begin + i, 0, d_out, line);
         for (int64_t j = 0; j < d_out; ++j) to[j] += line[j];
       }
     });

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter, init
 
-from kdkernels.backend import BACKENDS
+from kdkernels.backend import ANY_DTYPE, BACKENDS
 from kdkernels.contract import check_choice
 from kdkernels.nn.arguments import check_count
 from kdkernels.ops.lora_linear import lora_linear
@@ -75,8 +75,8 @@ class LoRALinear(torch.nn.Module):
         check_choice("backend", backend, BACKENDS)
         _check_device(device)
         for name, kind in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
-            if kind is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-                raise ValueError(f"{name} is {kind!r}, but must be a floating-point torch.dtype, or None")
+            if kind is not None and kind not in ANY_DTYPE:
+                raise ValueError(f"{name} is {kind!r}, but must be one of {', '.join(map(str, ANY_DTYPE))}, or None")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.alpha = float(rank if alpha is None else alpha)
         self.scaling = self.alpha / (sqrt(rank) if rslora else rank)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from kdkernels.ops.lora_linear import reference, schema
 from kdkernels.philox import draw_states
 
 OP = "lora_linear"
+GROUP = "lora_linear_group"
 FLOAT32_MAX = 3.4028234663852886e38
 CONTRACT = Contract(input="... d_in", weight="d_out d_in", lora_A="r d_in", lora_B="d_out r", bias="d_out")
 
@@ -47,8 +49,7 @@ def lora_linear(
     x̂ = mask ⊙ x / (1 − p) is the input after dropout, which acts on the adapter alone, as in PEFT; the base layer sees
     x. The mask is a function of a seed and an offset, drawn once a call from torch's generator, and of the element's
     place: the same bits on every backend and for every number of threads, again under the same `torch.manual_seed`
-    and in a recomputed checkpoint, and different on every rank of a process group. It is not stored. (Code compiled by
-    inductor draws from inductor's generator, as its own dropout does: repeatable, but not eager's mask.)
+    in a recomputed checkpoint and in compiled code, and different on every rank of a process group. It is not stored.
 
     Args:
         input: (..., d_in).
@@ -88,16 +89,13 @@ def lora_linear_group(input: Tensor, layers: Sequence[LoRA], *, backend: str = "
         backend: as in `lora_linear`.
 
     Returns:
-        One (..., d_out) for each layer. A layer whose output is not used gets gradients of zero, not None.
+        One (..., d_out) for each layer.
 
     Raises:
         TypeError: as in `lora_linear`; the message says which layer.
         ValueError: likewise, or there are no layers.
     """
-    layers = [layer if isinstance(layer, LoRA) else LoRA(*layer) for layer in layers]
-    if not layers:
-        raise ValueError("layers is empty, but must have at least one layer")
-    return _run(_prepare(input, layers, backend, tuple(f"layers[{k}]." for k in range(len(layers)))))
+    return _run(_prepare_group(input, layers, backend))
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,13 @@ class _Call:
     layers: Sequence[LoRA]
     leading: tuple[int, ...]
     backend: backends.Implementation
-    group: bool
+
+
+def _prepare_group(input: Tensor, layers: Sequence[LoRA], backend: str) -> _Call:
+    layers = [layer if isinstance(layer, LoRA) else LoRA(*layer) for layer in layers]
+    if not layers:
+        raise ValueError("layers is empty, but must have at least one layer")
+    return _prepare(input, layers, backend, tuple(f"layers[{k}]." for k in range(len(layers))))
 
 
 def _prepare(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence[str]) -> _Call:
@@ -126,9 +130,7 @@ def _prepare(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequ
     if chosen.backend != "reference" and not torch.compiler.is_compiling():
         _refuse_tangents(tensors)
     leading = input.shape[:-1]
-    if prod(leading) >= 2**32:
-        raise ValueError(f"input has {prod(leading)} points, but must have fewer than 2**32")
-    return _Call(input.reshape(prod(leading), input.shape[-1]), layers, leading, chosen, prefixes[0] != "")
+    return _Call(input.reshape(prod(leading), input.shape[-1]), layers, leading, chosen)
 
 
 def _check(input: Tensor, layer: LoRA, prefix: str) -> None:
@@ -139,7 +141,7 @@ def _check(input: Tensor, layer: LoRA, prefix: str) -> None:
         raise type(error)(f"{prefix}{error}" if prefix else str(error)) from None
     for name in ("scaling", "dropout_p"):
         value = getattr(layer, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{prefix}{name} is {type(value).__name__}, but must be a number")
     if layer.lora_A.shape[0] < 1:
         raise ValueError(
@@ -198,21 +200,32 @@ def _run(call: _Call) -> tuple[Tensor, ...]:
     return tuple(y.reshape(*call.leading, y.shape[-1]) for y in outputs)
 
 
-def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
-    import inspect
+def _explain(
+    input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, backend: str = "auto", **options: Any
+) -> backends.Explanation:
+    return _explain_call(OP, input, _prepare(input, [LoRA(weight, lora_A, lora_B, **options)], backend, ("",)))
 
-    bound = inspect.signature(lora_linear).bind(*args, **kwargs)
-    bound.apply_defaults()
-    a = bound.arguments
-    layer = LoRA(a["weight"], a["lora_A"], a["lora_B"], a["bias"], a["scaling"], a["dropout_p"])
-    call = _prepare(a["input"], [layer], a["backend"], ("",))
+
+def _explain_group(input: Tensor, layers: Sequence[LoRA], *, backend: str = "auto") -> backends.Explanation:
+    return _explain_call(GROUP, input, _prepare_group(input, layers, backend))
+
+
+def _explain_call(op: str, input: Tensor, call: _Call) -> backends.Explanation:
+    """The costs are those of all layers, each by itself: what they share is saved on top."""
     grad = torch.is_grad_enabled()
-    needs = {name: grad and a[name].requires_grad for name in ("input", "weight", "lora_A", "lora_B")}
-    costs = methods.costs(call.input, call.layers[0], needs)
-    dtypes = {x.dtype for x in (call.input, *call.layers[0][:4]) if x is not None}
-    reasons = backends.passed_over(OP, call.backend, a["input"].device.type, dtypes)
+    each = []
+    for layer in call.layers:
+        needs = {name: grad and getattr(layer, name).requires_grad for name in ("weight", "lora_A", "lora_B")}
+        each.append(methods.costs(call.input, layer, needs | {"input": grad and input.requires_grad}))
+    costs = tuple(
+        backends.Cost(same[0].method, sum(c.flops for c in same), sum(c.bytes for c in same))
+        for same in zip(*each, strict=True)
+    )
+    dtypes = {x.dtype for layer in call.layers for x in (call.input, *layer[:4]) if x is not None}
+    reasons = backends.passed_over(OP, call.backend, input.device.type, dtypes)
     method = "eager" if call.backend.backend == "reference" else "fused"
-    return backends.Explanation(OP, call.backend.backend, method, reasons, costs)
+    return backends.Explanation(op, call.backend.backend, method, reasons, costs)
 
 
 backends.EXPLAINERS[OP] = _explain
+backends.EXPLAINERS[GROUP] = _explain_group

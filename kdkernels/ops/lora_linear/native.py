@@ -84,8 +84,14 @@ def backward(
 
 
 def _resolved(input: Tensor, *groups: Any) -> tuple[Any, ...]:
-    """Tensors as they lie in memory: torch may keep a sign as a bit of the view."""
-    return input.resolve_neg(), *([None if x is None else x.resolve_neg() for x in group] for group in groups)
+    """Tensors as they lie in memory: torch may keep a sign as a bit of the view, and has zeros without memory."""
+
+    def resolve(x: Tensor | None) -> Tensor | None:
+        if x is not None and x._is_zerotensor():
+            return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        return None if x is None else x.resolve_neg()
+
+    return resolve(input), *([resolve(x) for x in group] for group in groups)
 
 
 @cache

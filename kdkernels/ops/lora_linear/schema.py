@@ -106,6 +106,8 @@ def _forward(
     states: Tensor,
     backend: str,
 ) -> list[Tensor]:
+    if input.shape[0] >= 2**32:  # rows are 32-bit words of the masks' counters
+        raise ValueError(f"input has {input.shape[0]} points, but must have fewer than 2**32")
     outputs, projected = _room(input, weights, lora_A)
     operands = (input, weights, [b if b.numel() else None for b in biases], lora_A, lora_B)
     _implementation(backend).forward(*operands, scalings, dropout_p, states, outputs, projected)
@@ -180,29 +182,56 @@ lora_linear_backward.register_autograd(_refuse)
 
 
 class _Plain(torch.autograd.Function):
-    """The same, without the machinery of torch.library, which costs more than a small layer does."""
+    """The same, without the machinery of torch.library, which costs more than a small layer does.
+
+    It keeps only what the wanted gradients are made from, and a sibling whose output is not used has none.
+    """
 
     @staticmethod
     def forward(ctx: Any, K: int, options: tuple[Any, ...], input: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
         scalings, dropout_p, states, backend = options
         weights, biases, lora_A, lora_B = (flat[i * K : (i + 1) * K] for i in range(4))
         found = _forward(input, weights, biases, lora_A, lora_B, scalings, dropout_p, states, backend)
+        operands = (input, *found[K:], *flat)
+        kept = _read_by_backward(K, ctx.needs_input_grad[2:])
         ctx.K, ctx.options = K, options
-        ctx.save_for_backward(input, *found[K:], *flat)
+        ctx.layouts = [(x.shape, x.dtype, x.device) for x in operands]
+        ctx.save_for_backward(*(x if read else None for x, read in zip(operands, kept, strict=True)))
+        ctx.set_materialize_grads(False)
         return tuple(found[:K])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         K = ctx.K
-        input, *rest = ctx.saved_tensors
-        projected, weights, biases, lora_A, lora_B = (rest[i * K : (i + 1) * K] for i in range(5))
+        used = [k for k in range(K) if grads[k] is not None]
+        saved = [
+            # in the place of what is not read stands its shape, without memory
+            torch.empty((), dtype=dtype, device=device).expand(shape) if x is None else x
+            for x, (shape, dtype, device) in zip(ctx.saved_tensors, ctx.layouts, strict=True)
+        ]
+        input = saved[0]
+        projected, weights, biases, lora_A, lora_B = ([saved[1 + i * K + k] for k in used] for i in range(5))
         scalings, dropout_p, states, backend = ctx.options
-        operands = (input, projected, weights, biases, lora_A, lora_B)
-        needs = list(ctx.needs_input_grad[2:])
-        # the operator refuses to be differentiated again
-        backward = lora_linear_backward if torch.is_grad_enabled() else _backward
-        found = backward(list(grads), *operands, scalings, dropout_p, states, needs, backend)
-        return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
+        states = states[used] if len(states) else states
+        options = ([scalings[k] for k in used], [dropout_p[k] for k in used], states)
+        flags = ctx.needs_input_grad[2:]
+        needs = [flags[0], *(flags[1 + i * K + k] for i in range(4) for k in used)]
+        result: list[Tensor | None] = [None] * len(flags)
+        if used:
+            # the operator refuses to be differentiated again
+            backward = lora_linear_backward if torch.is_grad_enabled() else _backward
+            operands = (input, projected, weights, biases, lora_A, lora_B)
+            found = backward([g for g in grads if g is not None], *operands, *options, needs, backend)
+            places = [0, *(1 + i * K + k for i in range(4) for k in used)]
+            for place, grad, need in zip(places, found, needs, strict=True):
+                result[place] = grad if need else None
+        return None, None, *result
+
+
+def _read_by_backward(K: int, needs: Sequence[bool]) -> list[bool]:
+    """Whether backward reads the input, each S, weight, bias, lora_A and lora_B, for the gradients in `needs`."""
+    dX, (dW, _, dA, _) = needs[0], (needs[1 + i * K : 1 + (i + 1) * K] for i in range(4))
+    return [any(dA) or any(dW), *[True] * K, *[dX] * K, *[False] * K, *[dX] * K, *(dX or a for a in dA)]
 
 
 def call(
