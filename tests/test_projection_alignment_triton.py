@@ -1,21 +1,15 @@
-"""The Triton kernels of projection alignment, run in Triton's interpreter on CPU tensors; on a GPU where there is one.
-
-Triton decides when a kernel is defined whether it will be interpreted, and TRITON_INTERPRET=1 would decide so for the
-whole process, in which test_triton_aot.py compiles the same kernels. So the fixture `kernels` defines them a second
-time, from the same file, with interpretation on, and puts that module in the place of the first for these tests only.
-"""
+"""The Triton kernels of projection alignment, in Triton's interpreter on CPU tensors; on a GPU where there is one."""
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreting import interpreted_module, put_in_place
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,38 +58,14 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[ModuleType]:
     """The operator's Triton module with interpreted kernels."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.jit import JITFunction
-
-    patch_language = interpreter._patch_lang
-
-    def patch_whole_language(kernel: Any) -> Any:
-        """Triton patches as it goes, and what a nested call patched stays so: patch all at once, to be undone whole."""
-        scope = patch_language(kernel)
-        interpreter._patch_builtin(tl.core, interpreter.interpreter_builder, scope)
-        for name, x in list(vars(tl).items()):
-            if isinstance(x, JITFunction):  # `tl.sum` and its like were defined when triton was imported
-                scope.set_attr(tl, name, interpreter.InterpretedFunction(x.fn))
-        return scope
-
-    spec = find_spec(NAME)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch, triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
-        patch.setattr(interpreter, "_patch_lang", patch_whole_language)
-        patch.setattr(
-            interpreter.InterpretedFunction, "__call__", lambda self, *x, **named: self.rewrite()(*x, **named)
-        )
+    with interpreted_module(NAME) as module:
         yield module
 
 
 @pytest.fixture
 def kernels(interpreter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The interpreted module, where the operator looks for it."""
-    monkeypatch.setitem(sys.modules, NAME, interpreter)
+    put_in_place(interpreter, monkeypatch)
     return interpreter
 
 

@@ -5,7 +5,6 @@ The kernels are in csrc/cpu/lora_linear.cpp, their formulas in csrc/include/kdke
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,6 @@ def forward(
     projected: Tensors,
 ) -> None:
     """Fill each output (N, d_out) and projected (N, r) (see `schema.lora_linear`)."""
-    input, weights, biases, lora_A, lora_B = _resolved(input, weights, biases, lora_A, lora_B)
     base_done = _vendor_multiplies(input.dtype)
     if base_done:
         for y, weight, bias in zip(outputs, weights, biases, strict=True):
@@ -60,7 +58,6 @@ def backward(
     grad_B: Maybe,
 ) -> None:
     """Fill every gradient that has room."""
-    input, grad_outputs, weights, lora_A, lora_B = _resolved(input, grad_outputs, weights, lora_A, lora_B)
     base_done = _vendor_multiplies(input.dtype)
     grad_weights = list(grad_weights)
     if base_done:
@@ -81,17 +78,6 @@ def backward(
         [[_view(g) for g in group] for group in grads],
         torch.get_num_threads(),
     )
-
-
-def _resolved(input: Tensor, *groups: Any) -> tuple[Any, ...]:
-    """Tensors as they lie in memory: torch may keep a sign as a bit of the view, and has zeros without memory."""
-
-    def resolve(x: Tensor | None) -> Tensor | None:
-        if x is not None and x._is_zerotensor():
-            return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        return None if x is None else x.resolve_neg()
-
-    return resolve(input), *([resolve(x) for x in group] for group in groups)
 
 
 @cache

@@ -109,8 +109,9 @@ def _forward(
     if input.shape[0] >= 2**32:  # rows are 32-bit words of the masks' counters
         raise ValueError(f"input has {input.shape[0]} points, but must have fewer than 2**32")
     outputs, projected = _room(input, weights, lora_A)
-    operands = (input, weights, [b if b.numel() else None for b in biases], lora_A, lora_B)
-    _implementation(backend).forward(*operands, scalings, dropout_p, states, outputs, projected)
+    present = [b if b.numel() else None for b in biases]
+    (input,), *layers = _resolved([input], weights, present, lora_A, lora_B)
+    _implementation(backend).forward(input, *layers, scalings, dropout_p, states, outputs, projected)
     return [*outputs, *projected]
 
 
@@ -129,12 +130,24 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     grads = _gradient_room(needs, input, weights, biases, lora_A, lora_B)
+    grad_outputs, (input,), weights, lora_A, lora_B = _resolved(grad_outputs, [input], weights, lora_A, lora_B)
     operands = (grad_outputs, input, projected, weights, lora_A, lora_B)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     K = len(weights)
     by_kind = [wanted[1 + i * K : 1 + (i + 1) * K] for i in range(4)]
     _implementation(backend).backward(*operands, scalings, dropout_p, states, wanted[0], *by_kind)
     return grads
+
+
+def _resolved(*groups: Sequence[Any]) -> list[list[Any]]:
+    """Tensors as they lie in memory, which is what kernels read: torch keeps some signs, and some zeros, elsewhere."""
+
+    def resolve(x: Tensor | None) -> Tensor | None:
+        if x is not None and x._is_zerotensor():
+            return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        return None if x is None else x.resolve_neg()
+
+    return [[resolve(x) for x in group] for group in groups]
 
 
 def _room(input: Tensor, weights: Sequence[Tensor], lora_A: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

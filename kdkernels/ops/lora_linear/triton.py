@@ -1,9 +1,9 @@
 """The low-rank adapter on GPUs: the base layer's matmuls are cuBLAS's or rocBLAS's, the rest is Triton.
 
     S = x̂ Aᵀ         `lora_linear_project_kernel`   x is read once for all siblings
-    Y = x Wᵀ + b + α S Bᵀ                           either, as `fuses` decides:
-                     `lora_linear_fused_kernel`     a matmul with the adapter in its accumulators
-                     `lora_linear_expand_kernel`    a pass over cuBLAS's x Wᵀ, which is rounded once more
+    Y = x Wᵀ + b + α S Bᵀ
+                     `lora_linear_expand_kernel`    as `fuses` decides: a matmul with the adapter in its accumulators,
+                                                    or a pass over cuBLAS's x Wᵀ, which is rounded once more
     dS = α dY B, dB = α dYᵀ S
                      `lora_linear_adapter_kernel`   one pass over dY; at high ranks project and reduce, a pass each
     dA = dSᵀ x̂       `lora_linear_reduce_kernel`    x is read once for all siblings
@@ -20,7 +20,7 @@ adapters beside a bfloat16 base too, since their gradients keep those digits, an
 bits, tf32 is enough: it holds every bit of the 16-bit operand and as many of S and dS as float16 has, which is what
 eager rounds them to. AMD's matrix units multiply float32 as it is.
 """
-# mypy: allow-untyped-defs, disable-error-code=assignment
+# mypy: allow-untyped-defs
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,13 +34,15 @@ from triton.language.target_info import is_hip
 from kdkernels.philox import threshold
 
 MAX_RANK = 64  # columns of adapters whose sums one program holds; more are cut
+RANK_STEP = 32  # columns of S that meet B, or of dS that meet A, at a time
 MAX_SIBLINGS = 4  # that one kernel serves
+LOSS = 0.5  # of Triton's matmul against cuBLAS's, as a share of its time
 PROGRAMS = 512  # enough to fill a large GPU: sums over points are cut until there are as many
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts (points, features), or (points, d_out) and d_in for a matmul."""
+    """How a kernel cuts (points, features); a matmul cuts d_in four times as fine."""
 
     BLOCK_N: int
     BLOCK_D: int
@@ -54,7 +56,6 @@ REDUCE = {"ieee": Tile(32, 64, 4, 2), "tf32": Tile(32, 128, 4, 3)}
 ADAPTER = {"ieee": Tile(128, 32, 8, 2), "tf32": Tile(128, 64, 8, 2)}
 EXPAND = {"ieee": Tile(32, 64, 4, 2), "tf32": Tile(64, 64, 4, 2)}
 FUSED = {"ieee": Tile(64, 64, 4, 2), "tf32": Tile(64, 128, 4, 3)}
-FUSED_K = {"ieee": 16, "tf32": 32}
 
 
 # The interpreter multiplies the bits of bfloat16 as integers.
@@ -85,28 +86,17 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _keep(state_ptr, threshold, rows, first_col, BLOCK_D: tl.constexpr):
-    """(BLOCK_N, BLOCK_D) of kdkernels.philox.keep_mask: four words a block of columns, each used once."""
-    seed, offset = tl.load(state_ptr), tl.load(state_ptr + 1)
-    block = (first_col // 4 + tl.arange(0, BLOCK_D // 4)).to(tl.uint32)[None, :]
-    low, high = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, block, rows.to(tl.uint32)[:, None], low, high)
-    least = tl.full((1, 1), threshold, tl.uint32)
-    return tl.interleave(tl.interleave(w0 >= least, w2 >= least), tl.interleave(w1 >= least, w3 >= least))
-
-
-@triton.jit
-def _low_rank(
-    total, p_ptr, q_ptr, scale, rows, cols, N, P_STRIDE: tl.constexpr, Q_ROW: tl.constexpr, Q_COL: tl.constexpr,
-    D: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """total + scale P Q for a tile (rows, cols), of P (N, r) float32 and Q (r, D)."""
-    for start in range(0, RANK, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        p = _tile(p_ptr, rows, ranks, P_STRIDE, 1, N, RANK) * scale
-        q = _tile(q_ptr, ranks, cols, Q_ROW, Q_COL, RANK, D)
-        total = _dot(p, q, total, PRECISION)
-    return total
+def _masked(x, state_ptr, threshold, rows, first_col):
+    """mask ⊙ x for a tile, by kdkernels.philox.keep_mask: four words a block of columns, each used once."""
+    if state_ptr is not None:
+        seed, offset = tl.load(state_ptr), tl.load(state_ptr + 1)
+        block = (first_col // 4 + tl.arange(0, x.shape[1] // 4)).to(tl.uint32)[None, :]
+        low, high = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(seed, block, rows.to(tl.uint32)[:, None], low, high)
+        least = tl.full((1, 1), threshold, tl.uint32)
+        keep = tl.interleave(tl.interleave(w0 >= least, w2 >= least), tl.interleave(w1 >= least, w3 >= least))
+        x = tl.where(keep, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -123,17 +113,15 @@ def lora_linear_project_kernel(
     """out = scale (mask ⊙ x) mᵀ for every part; a program takes BLOCK_N points."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    totals = ()
+    totals: tl.tuple = ()
     for _ in tl.static_range(len(m_ptrs)):
         totals += (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         x = _tile(x_ptr, rows, cols, stride_xn, stride_xd, N, D)
-        sums = ()
+        sums: tl.tuple = ()
         for k in tl.static_range(len(m_ptrs)):
-            kept = x
-            if state_ptrs[k] is not None:
-                kept = tl.where(_keep(state_ptrs[k], thresholds[k], rows, start, BLOCK_D), x, 0.0)
+            kept = _masked(x, state_ptrs[k], thresholds[k], rows, start)
             m = _tile(m_ptrs[k], cols, ranks, M_STRIDES[k][1], M_STRIDES[k][0], D, RANKS[k])
             sums += (_dot(kept, m, totals[k], PRECISION),)
         totals = sums
@@ -157,17 +145,15 @@ def lora_linear_reduce_kernel(
     first_col = tl.program_id(1) * BLOCK_D
     cols = first_col + tl.arange(0, BLOCK_D)
     ranks = tl.arange(0, BLOCK_R)
-    totals = ()
+    totals: tl.tuple = ()
     for _ in tl.static_range(len(m_ptrs)):
         totals += (tl.zeros((BLOCK_R, BLOCK_D), tl.float32),)
     for step in range(STEPS):
         rows = (chunk * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
         x = _tile(x_ptr, rows, cols, stride_xn, stride_xd, N, D)
-        sums = ()
+        sums: tl.tuple = ()
         for k in tl.static_range(len(m_ptrs)):
-            kept = x
-            if state_ptrs[k] is not None:
-                kept = tl.where(_keep(state_ptrs[k], thresholds[k], rows, first_col, BLOCK_D), x, 0.0)
+            kept = _masked(x, state_ptrs[k], thresholds[k], rows, first_col)
             m = _tile(m_ptrs[k], ranks, rows, 1, M_STRIDES[k][0], RANKS[k], N)
             sums += (_dot(m, kept, totals[k], PRECISION),)
         totals = sums
@@ -206,60 +192,42 @@ def lora_linear_adapter_kernel(
 
 @triton.jit
 def lora_linear_expand_kernel(
-    base_ptr,  # (N, D), adjacent columns
+    x_ptr,  # (N, K) to be multiplied by w; without w it is the base itself: (N, D). Any strides
+    w_ptr,  # (D, K), any strides, or None
     bias_ptr,  # (D,) or None
     p_ptrs, q_ptrs,  # of each sibling: (N, r) float32 and (r, D), any strides
-    out_ptr,  # (N, D), adjacent columns; may be base itself
-    state_ptrs, thresholds,  # its mask, or None
+    out_ptr,  # (N, D), adjacent columns; may be the base
+    state_ptrs, thresholds,  # its mask, or None, as it is beside w
     scales,
-    N, stride_bias, P_STRIDES: tl.constexpr, Q_STRIDES: tl.constexpr,
-    D: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    N, stride_xn, stride_xk, stride_wd, stride_wk, stride_bias, P_STRIDES: tl.constexpr, Q_STRIDES: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = base + bias + Σ mask ⊙ (scale p q)."""
+    """out = x wᵀ + bias + Σ mask ⊙ (scale p q). Neighbours share their points, which stay in the cache as w does."""
     bands = tl.cdiv(D, BLOCK_D)
     rows = (tl.program_id(0) // bands).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_col = tl.program_id(0) % bands * BLOCK_D
     cols = first_col + tl.arange(0, BLOCK_D)
-    total = _tile(base_ptr, rows, cols, D, 1, N, D).to(tl.float32)
+    if w_ptr is None:
+        total = _tile(x_ptr, rows, cols, stride_xn, stride_xk, N, D).to(tl.float32)
+    else:
+        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            x = _tile(x_ptr, rows, inner, stride_xn, stride_xk, N, K)
+            total = _dot(x, _tile(w_ptr, inner, cols, stride_wk, stride_wd, K, D), total, PRECISION)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + cols.to(tl.int64) * stride_bias, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(len(p_ptrs)):
-        added = _low_rank(
-            tl.zeros((BLOCK_N, BLOCK_D), tl.float32), p_ptrs[k], q_ptrs[k], scales[k], rows, cols, N,
-            P_STRIDES[k][0], Q_STRIDES[k][0], Q_STRIDES[k][1], D, RANKS[k], BLOCK_R, PRECISION,
-        )  # fmt: skip
-        if state_ptrs[k] is not None:
-            added = tl.where(_keep(state_ptrs[k], thresholds[k], rows, first_col, BLOCK_D), added, 0.0)
-        total += added
-    _put(out_ptr, rows, cols, D, 1, N, D, total)
-
-
-@triton.jit
-def lora_linear_fused_kernel(
-    x_ptr, w_ptr,  # (N, K), (D, K), any strides
-    bias_ptr,  # (D,) or None
-    p_ptr, q_ptr,  # (N, r) float32 and (r, D), any strides
-    out_ptr,  # (N, D), adjacent columns
-    scale,
-    N, stride_xn, stride_xk, stride_wd, stride_wk, stride_bias, P_STRIDE: tl.constexpr, Q_STRIDES: tl.constexpr,
-    K: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out = x wᵀ + bias + scale p q. Neighbours share their points, which stay in the cache as w does."""
-    bands = tl.cdiv(D, BLOCK_D)
-    rows = (tl.program_id(0) // bands).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.program_id(0) % bands * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        x = _tile(x_ptr, rows, inner, stride_xn, stride_xk, N, K)
-        total = _dot(x, _tile(w_ptr, inner, cols, stride_wk, stride_wd, K, D), total, PRECISION)
-    total = _low_rank(
-        total, p_ptr, q_ptr, scale, rows, cols, N, P_STRIDE, Q_STRIDES[0], Q_STRIDES[1], D, RANK, BLOCK_R, PRECISION
-    )
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + cols.to(tl.int64) * stride_bias, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+        added = tl.zeros((BLOCK_N, BLOCK_D), tl.float32) if w_ptr is None else total
+        for start in range(0, RANKS[k], BLOCK_R):
+            ranks = start + tl.arange(0, BLOCK_R)
+            p = _tile(p_ptrs[k], rows, ranks, P_STRIDES[k][0], 1, N, RANKS[k]) * scales[k]
+            q = _tile(q_ptrs[k], ranks, cols, Q_STRIDES[k][0], Q_STRIDES[k][1], RANKS[k], D)
+            added = _dot(p, q, added, PRECISION)
+        if w_ptr is None:
+            added = total + _masked(added, state_ptrs[k], thresholds[k], rows, first_col)
+        total = added
     _put(out_ptr, rows, cols, D, 1, N, D, total)
 
 
@@ -299,10 +267,6 @@ def fuses(d_in: int, dtype: torch.dtype) -> bool:
     return LOSS * 2 * d_in < 2 * dtype.itemsize * ratio
 
 
-LOSS = 0.5
-XR = 32
-
-
 def forward(
     input: Tensor,
     weights: Sequence[Tensor],
@@ -321,14 +285,12 @@ def forward(
         _project(input, [Part.dropping(lora_A[k], projected[k], states, k, dropout_p[k]) for k in K])
         for sharing in _by_weight(weights):
             W = weights[sharing[0]]
-            if len(sharing) == 1 and fuses(W.shape[1], input.dtype):
-                (k,) = sharing
-                _fused(input, W, biases[k], projected[k], lora_B[k].T, scalings[k], outputs[k])
-                continue
-            product = outputs[sharing[-1]]  # the last is finished in place
-            torch.mm(input, W.T, out=product)
+            fused = len(sharing) == 1 and fuses(W.shape[1], input.dtype)
+            # of those that share a product the last is finished in place
+            base = input if fused else torch.mm(input, W.T, out=outputs[sharing[-1]])
             for k in sharing:
-                _expand(product, biases[k], [projected[k]], [Part(lora_B[k].T, outputs[k], scalings[k])])
+                part = Part(lora_B[k].T, outputs[k], scalings[k])
+                _expand(base, W if fused else None, biases[k], [projected[k]], [part])
 
 
 def backward(
@@ -372,7 +334,7 @@ def backward(
             parts = [Part.dropping(A, grad_input, states, k, dropout_p[k]) for k, A in enumerate(lora_A)]
             for start in range(0, len(parts), MAX_SIBLINGS):
                 batch = slice(start, start + MAX_SIBLINGS)
-                _expand(grad_input, None, [dS[k] for k in range(len(parts))[batch]], parts[batch])
+                _expand(grad_input, None, None, [dS[k] for k in range(len(parts))[batch]], parts[batch])
 
 
 def _precision(*dtypes: torch.dtype) -> str:
@@ -389,9 +351,9 @@ def _by_weight(weights: Sequence[Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
-def _block_r(ranks: Sequence[int]) -> int:
+def _block_r(ranks: Sequence[int], most: int = MAX_RANK) -> int:
     """A power of two that matrix units take."""
-    return min(MAX_RANK, max(16, triton.next_power_of_2(max(ranks))))
+    return min(most, max(16, triton.next_power_of_2(max(ranks))))
 
 
 def _batches(parts: Sequence[Part], axis: int) -> Iterator[tuple[list[Part], list[int], int]]:
@@ -411,6 +373,17 @@ def _steps(blocks: int, others: int) -> int:
     return max(1, triton.next_power_of_2(triton.cdiv(blocks, programs)))
 
 
+def _partial(out: Tensor, count: int) -> Tensor:
+    """Room for `count` summands of `out`: itself for one."""
+    return out[None] if count == 1 else out.new_empty((count, *out.shape), dtype=torch.float32)
+
+
+def _finish(outs: Sequence[Tensor], partial: Sequence[Tensor]) -> None:
+    for out, summands in zip(outs, partial, strict=True):
+        if len(summands) != 1:
+            out.copy_(summands.sum(0))
+
+
 def _project(x: Tensor, parts: Sequence[Part]) -> None:
     """out = scale (mask ⊙ x) matrixᵀ for each part: (N, D), (r, D) -> (N, r)."""
     N, D = x.shape
@@ -420,8 +393,7 @@ def _project(x: Tensor, parts: Sequence[Part]) -> None:
         matrices, outs, masks = _columns(batch)
         lora_linear_project_kernel[(triton.cdiv(N, tile.BLOCK_N),)](
             x, matrices, outs, *masks, N, *x.stride(), _strides(matrices), _strides(outs),
-            D=D, RANKS=tuple(ranks), BLOCK_R=BLOCK_R, PRECISION=precision,
-            BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            D=D, RANKS=tuple(ranks), BLOCK_R=BLOCK_R, PRECISION=precision, **vars(tile),
         )  # fmt: skip
 
 
@@ -435,18 +407,12 @@ def _reduce(x: Tensor, parts: Sequence[Part]) -> None:
         steps = _steps(blocks, bands)
         chunks = max(1, triton.cdiv(blocks, steps))
         matrices, outs, masks = _columns(batch)
-        if chunks == 1:
-            sums = tuple(out[None] for out in outs)
-        else:
-            sums = tuple(x.new_empty((chunks, *out.shape), dtype=torch.float32) for out in outs)
+        sums = tuple(_partial(out, chunks) for out in outs)
         lora_linear_reduce_kernel[(chunks, bands)](
             x, matrices, sums, *masks, N, *x.stride(), _strides(matrices), _strides(sums),
-            D=D, RANKS=tuple(ranks), STEPS=steps, BLOCK_R=BLOCK_R, PRECISION=precision,
-            BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            D=D, RANKS=tuple(ranks), STEPS=steps, BLOCK_R=BLOCK_R, PRECISION=precision, **vars(tile),
         )  # fmt: skip
-        if chunks > 1:
-            for out, total in zip(outs, sums, strict=True):
-                out.copy_(total.sum(0))
+        _finish(outs, sums)
 
 
 def _adapter(dY: Tensor, B: Tensor, S: Tensor, scaling: float, dS: Tensor | None, dB: Tensor | None) -> None:
@@ -467,42 +433,30 @@ def _adapter(dY: Tensor, B: Tensor, S: Tensor, scaling: float, dS: Tensor | None
     blocks, bands = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(D, tile.BLOCK_D)
     steps = _steps(bands, blocks)
     bands = triton.cdiv(bands, steps)
-    dS_sums = dS[None] if bands == 1 else dS.new_empty((bands, N, r))
-    dB_sums = dB[None] if blocks == 1 else dS.new_empty((blocks, D, r))
+    dS_sums, dB_sums = _partial(dS, bands), _partial(dB, blocks)
     lora_linear_adapter_kernel[(blocks, bands)](
         dY, B, S, dS_sums, dB_sums, scaling, N, *dY.stride(), B.stride(), S.stride(0),
-        D=D, RANK=r, STEPS=steps, BLOCK_R=_block_r([r]), DS_PRECISION=precision, DB_PRECISION=_precision(B.dtype),
-        BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        D=D, RANK=r, STEPS=steps, BLOCK_R=_block_r([r]),
+        DS_PRECISION=precision, DB_PRECISION=_precision(B.dtype), **vars(tile),
     )  # fmt: skip
-    for out, sums in ((dS, dS_sums), (dB, dB_sums)):
-        if len(sums) != 1:
-            out.copy_(sums.sum(0))
+    _finish((dS, dB), (dS_sums, dB_sums))
 
 
-def _expand(base: Tensor, bias: Tensor | None, points: Sequence[Tensor], parts: Sequence[Part]) -> None:
-    """out = base + bias + Σ mask ⊙ (scale points matrix), one out: (N, r), (r, D) -> (N, D)."""
-    N, D = base.shape
-    precision = _precision(base.dtype)
-    tile = EXPAND[precision]
-    matrices, outs, masks = _columns(parts)
-    ranks = tuple(len(matrix) for matrix in matrices)
-    lora_linear_expand_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(D, tile.BLOCK_D),)](
-        base, bias, tuple(points), matrices, outs[0], *masks, N, _stride(bias), _strides(points), _strides(matrices),
-        D=D, RANKS=ranks, BLOCK_R=min(XR, _block_r(ranks)), PRECISION=precision,
-        BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-
-
-def _fused(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, q: Tensor, scale: float, out: Tensor) -> None:
-    """out = x Wᵀ + bias + scale S q."""
-    (N, K), D, r = x.shape, len(W), len(q)
+def _expand(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, points: Sequence[Tensor], parts: Sequence[Part]
+) -> None:
+    """out = x weightᵀ + bias + Σ mask ⊙ (scale points matrix), one out: (N, r), (r, D) -> (N, D)."""
+    matrices, (out, *_), masks = _columns(parts)
+    N, D = out.shape
     precision = _precision(x.dtype)
-    tile = FUSED[precision]
-    lora_linear_fused_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(D, tile.BLOCK_D),)](
-        x, W, bias, S, q, out, scale, N, *x.stride(), *W.stride(), _stride(bias), S.stride(0), q.stride(),
-        K=K, D=D, RANK=r, BLOCK_R=min(XR, _block_r([r])), PRECISION=precision,
-        BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, BLOCK_K=FUSED_K[precision],
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    tile = (EXPAND if weight is None else FUSED)[precision]
+    ranks = tuple(len(matrix) for matrix in matrices)
+    weight_strides = (0, 0) if weight is None else weight.stride()
+    lora_linear_expand_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(D, tile.BLOCK_D),)](
+        x, weight, bias, tuple(points), matrices, out, *masks,
+        N, *x.stride(), *weight_strides, 0 if bias is None else bias.stride(0), _strides(points), _strides(matrices),
+        K=x.shape[1], D=D, RANKS=ranks, BLOCK_R=_block_r(ranks, RANK_STEP), PRECISION=precision,
+        BLOCK_K=tile.BLOCK_D // 4, **vars(tile),
     )  # fmt: skip
 
 
@@ -514,7 +468,3 @@ def _columns(parts: Sequence[Part]) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
 
 def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(x.stride() for x in tensors)
-
-
-def _stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)

@@ -1,0 +1,53 @@
+"""Triton's interpreter beside its compiler, in one process.
+
+Triton decides when a kernel is defined whether it will be interpreted, and TRITON_INTERPRET=1 would decide so for the
+whole process, in which test_triton_aot.py compiles the same kernels. So `interpreted_module` defines them a second
+time, from the same file, with interpretation on, to be put in the place of the first for some tests only.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def interpreted_module(name: str) -> Iterator[ModuleType]:
+    """An operator's Triton module with interpreted kernels."""
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+
+    patch_language = interpreter._patch_lang
+
+    def patch_whole_language(kernel: Any) -> Any:
+        """Triton patches as it goes, and what a nested call patched stays so: patch all at once, to be undone whole."""
+        scope = patch_language(kernel)
+        interpreter._patch_builtin(tl.core, interpreter.interpreter_builder, scope)
+        for part in (tl, tl.random, tl.standard):
+            for name, x in list(vars(part).items()):
+                if isinstance(x, JITFunction):  # `tl.sum` and its like were defined when triton was imported
+                    scope.set_attr(part, name, interpreter.InterpretedFunction(x.fn))
+        return scope
+
+    spec = find_spec(name)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch, triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec.loader.exec_module(module)
+        patch.setattr(interpreter, "_patch_lang", patch_whole_language)
+        patch.setattr(
+            interpreter.InterpretedFunction, "__call__", lambda self, *x, **named: self.rewrite()(*x, **named)
+        )
+        yield module
+
+
+def put_in_place(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Where the operator looks for it."""
+    patch.setitem(sys.modules, module.__name__, module)
