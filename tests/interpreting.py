@@ -24,15 +24,20 @@ def interpreted_module(name: str) -> Iterator[ModuleType]:
     from triton.runtime.jit import JITFunction
 
     patch_language = interpreter._patch_lang
+    ours = [  # `tl.sum`, `tl.philox` and their like were defined when triton was imported
+        (part, name, interpreter.InterpretedFunction(x.fn))
+        for part in (tl, tl.random, tl.standard)
+        for name, x in vars(part).items()
+        if isinstance(x, JITFunction)
+    ]
 
     def patch_whole_language(kernel: Any) -> Any:
         """Triton patches as it goes, and what a nested call patched stays so: patch all at once, to be undone whole."""
         scope = patch_language(kernel)
         interpreter._patch_builtin(tl.core, interpreter.interpreter_builder, scope)
-        for part in (tl, tl.random, tl.standard):
-            for name, x in list(vars(part).items()):
-                if isinstance(x, JITFunction):  # `tl.sum` and its like were defined when triton was imported
-                    scope.set_attr(part, name, interpreter.InterpretedFunction(x.fn))
+        interpreter._patch_lang_core(tl.core, scope)
+        for part, name, function in ours:
+            scope.set_attr(part, name, function)
         return scope
 
     spec = find_spec(name)

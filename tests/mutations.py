@@ -15,12 +15,23 @@ class Mutation(NamedTuple):
     right: str
     wrong: str
 
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The operators that the file belongs to; empty: all."""
+        return OPS.get(self.file, ())
+
 
 TRITON = "kdkernels/ops/projection_alignment/triton.py"
 ALIGNMENT = "csrc/cpu/projection_alignment.cpp"
 ROWS = "csrc/cpu/alignment_rows.h"
+CHOLESKY = "csrc/cpu/cholesky.h"
 LORA = "csrc/cpu/lora_linear.cpp"
 LOW_RANK = "csrc/cpu/low_rank.h"
+DROPOUT = "csrc/cpu/dropout.h"
+LORA_TRITON = "kdkernels/ops/lora_linear/triton.py"
+
+OPS = dict.fromkeys((TRITON, ALIGNMENT, ROWS, CHOLESKY), ("projection_alignment_loss",))
+OPS |= dict.fromkeys((LORA, LOW_RANK, DROPOUT, LORA_TRITON), ("lora_linear",))
 
 TRITON_KERNELS = [
     Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
@@ -30,6 +41,14 @@ TRITON_KERNELS = [
     Mutation("_loss_and_slope", TRITON, "loss = tl.where(negative, 2.0 - h, h)", "loss = h"),
     Mutation("projection_alignment_direct_kernel", TRITON, "slope = 2.0 * w / D", "slope = w / D"),
     Mutation("projection_alignment_gram_kernel", TRITON, "by_b = -slope * scale_s * scale_t", "by_b = -slope * scale_s * scale_s"),
+    Mutation("_tile", LORA_TRITON, "mask=(rows < row_count)[:, None] & (cols < col_count)[None, :], other", "mask=(rows < row_count)[:, None] & (cols < col_count - 1)[None, :], other"),
+    Mutation("_put", LORA_TRITON, "tl.store(ptr + offsets, x.to(", "tl.store(ptr + offsets, (1.01 * x).to("),
+    Mutation("_dot", LORA_TRITON, "return tl.dot(a, b, total, ", "return tl.dot(a, b, 1.01 * total, "),
+    Mutation("_masked", LORA_TRITON, "tl.interleave(w0 >= least, w2 >= least), tl.interleave(w1 >= least,", "tl.interleave(w0 >= least, w1 >= least), tl.interleave(w2 >= least,"),
+    Mutation("lora_linear_project_kernel", LORA_TRITON, "N, RANKS[k], totals[k] * scales[k])", "N, RANKS[k], totals[k])"),
+    Mutation("lora_linear_reduce_kernel", LORA_TRITON, "m = _tile(m_ptrs[k], ranks, rows, 1, M_STRIDES[k][0], RANKS[k], N)", "m = _tile(m_ptrs[k], ranks, rows, 1, M_STRIDES[k][0], RANKS[k], N - 1)"),
+    Mutation("lora_linear_adapter_kernel", LORA_TRITON, "s = _tile(s_ptr, rows, ranks, S_STRIDE, 1, N, RANK) * scale", "s = _tile(s_ptr, rows, ranks, S_STRIDE, 1, N, RANK)"),
+    Mutation("lora_linear_expand_kernel", LORA_TRITON, "added = total + _masked(added, state_ptrs[k], thresholds[k], rows, first_col)", "added = total + _masked(added, state_ptrs[k], thresholds[k], rows, 0)"),
 ]  # fmt: skip
 
 NATIVE_KERNELS = [
@@ -45,10 +64,10 @@ NATIVE_KERNELS = [
     Mutation("Points", ROWS, "weights_ ? scale_ * weights_[index_[i] * stride_] : scale_;", "weights_ ? scale_ * weights_[i * stride_] : scale_;"),
     Mutation("RowReader", ROWS, "points_.row(begin + i) * view_.row_stride", "(begin + i) * view_.row_stride"),
     Mutation("gemm", "csrc/cpu/gemm.h", "return band.kind == Band::lower ? k0 <= max<int64_t>(j - band.offset, 0) : k0 == 0;", "return true;"),
-    Mutation("cholesky", "csrc/cpu/cholesky.h", "row[j] -= factor * above[j];", "row[j] += factor * above[j];"),
+    Mutation("cholesky", CHOLESKY, "row[j] -= factor * above[j];", "row[j] += factor * above[j];"),
     Mutation("project", LOW_RANK, "out[(i + q) * r + s * cols + c] = scale * sums[q * cols + c];", "out[(i + q) * r + s * cols + c] = sums[q * cols + c];"),
     Mutation("OuterSum", LOW_RANK, "started_ || i > begin);", "started_ || i >= begin);"),
-    Mutation("Dropout", "csrc/cpu/dropout.h", "return word >= limit ? scale * x : T{};", "return word >= limit ? x : T{};"),
+    Mutation("Dropout", DROPOUT, "return word >= limit ? scale * x : T{};", "return word >= limit ? x : T{};"),
     Mutation("forward", LORA, "const Term<T> own = low_rank(member, row, scaling);", "const Term<T> own = low_rank(layer, row, scaling);"),
     Mutation("add_dropped", LORA, "dropout.apply(begin + i + q, 0, d, row, dropped);", "dropout.apply(i + q + 1, 0, d, row, dropped);"),
     Mutation("differentiate_input", LORA, "if (call.base_done || leader(call, k, same) < k) continue;", "if (call.base_done) continue;"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.ops.lora_linear import schema
+from kdkernels.ops.lora_linear.reference import adapted
 from kdkernels.philox import draw_states, keep_mask
 from kdkernels.testing.compare import Outcome, deviations, errors, poisoned_memory
 from kdkernels.testing.lora_linear.checks import CASES, QUICK, VARIANTS, compare_case
@@ -85,25 +86,23 @@ def test_low_precision(base: bool, case: str, dtype: torch.dtype, variant: str) 
     check(make_inputs(**{"dtype": dtype} | VARIANTS[variant] | QUICK[case]))
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
-def test_adapters_of_any_dtype(kernels: ModuleType, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+@pytest.mark.parametrize("dtypes", [*itertools.product(DTYPES, DTYPES, (None,)), (*LOW, torch.float32)], ids=str)
+def test_adapters_of_any_dtype(kernels: ModuleType, dtypes: tuple[torch.dtype, ...]) -> None:
     """Gradients have the dtypes of what they belong to, and their digits where float32 adapters ask for them."""
-    dtype, adapter = dtypes
+    dtype, adapter, of_b = dtypes
     inputs = make_inputs(dtype=dtype, adapter_dtype=adapter, dropout_p=0.2)
-    found, target = ours(inputs, "triton").tensors(), exact(inputs).tensors()
-    for name, x in found.items():
-        expected = adapter if "lora" in name else dtype
-        assert x.dtype is expected
-        assert (x - target[name]).norm() <= 2 * torch.finfo(expected).eps * target[name].norm() + 1e-5, name
-
-
-def test_a_lora_a_and_b_of_two_dtypes(kernels: ModuleType) -> None:
-    inputs = make_inputs(dropout_p=0.2, dtype=torch.bfloat16)
     (layer,) = inputs.layers
-    mixed = replace(inputs, layers=(layer._replace(lora_A=layer.lora_A.float(), lora_B=layer.lora_B.half()),))
-    found = ours(mixed, "triton").tensors()
-    for name, x in exact(mixed).tensors().items():
-        assert (found[name] - x).norm() <= 2 * torch.finfo(found[name].dtype).eps * x.norm() + 1e-5, name
+    layer = layer._replace(lora_B=layer.lora_B.to(of_b or adapter))
+    dY = torch.randn(37, 22).to(dtype)
+    y, _, *grads = results(inputs.input, (layer,), inputs.states, [dY])
+    leaves = [x.double().requires_grad_() for x in (inputs.input, layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
+    x, W, b, A, B = leaves
+    expected = adapted(x, W, b, A, B, layer.scaling, 0.2, inputs.states[0])
+    originals = (inputs.input, inputs.input, layer.weight, layer.bias, layer.lora_A, layer.lora_B)
+    targets = (expected, *torch.autograd.grad(expected, leaves, dY.double()))
+    for found, target, original in zip((y, *grads), targets, originals, strict=True):
+        assert found.dtype is original.dtype
+        assert (found - target).norm() <= 2 * torch.finfo(found.dtype).eps * target.norm() + 1e-5
 
 
 @pytest.mark.parametrize("precision", ("highest", "high"))
@@ -112,15 +111,14 @@ def test_precisions_have_tiles_of_their_own(kernels: ModuleType, precision: str)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        for shape in ({}, {"N": 140, "d_in": 70, "d_out": 130, "r": 20}):
-            check(make_inputs(**shape, K=2, dropout_p=0.3))
+        check(make_inputs(N=70, d_in=70, d_out=70, r=20, K=2, dropout_p=0.3))
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("p", (0.0, 0.4))
 def test_every_combination_of_gradients(kernels: ModuleType, p: float) -> None:
-    inputs = make_inputs(N=5, d_in=7, d_out=6, r=2, K=2, dropout_p=p)
+    inputs = make_inputs(N=5, d_in=7, d_out=6, r=2, dropout_p=p)
     target = exact(inputs).tensors()
     for count in range(len(LEAVES) + 1):
         for needs in itertools.combinations(LEAVES, count):
@@ -138,7 +136,7 @@ def test_siblings_that_need_different_gradients(kernels: ModuleType) -> None:
     names = ("weight", "bias", "lora_A", "lora_B")
     *_, S0, S1 = schema.lora_linear(inputs.input, *groups, scalings, dropout_p, inputs.states, "triton")
     grads = [0.75 * torch.cos(torch.arange(30.0)).reshape(5, 6)] * 2
-    for wanted in itertools.product((0, 1, None), repeat=4):
+    for wanted in itertools.product((0, 1), repeat=4):
         needs = [False, *(k == only for only in wanted for k in range(2))]
         found = schema.lora_linear_backward(
             grads, inputs.input, [S0, S1], *groups, scalings, dropout_p, inputs.states, needs, "triton"
@@ -147,17 +145,16 @@ def test_siblings_that_need_different_gradients(kernels: ModuleType) -> None:
             assert x.numel() == 0 if not need else (x - target[name]).norm() <= 1e-6 * target[name].norm()
 
 
-@pytest.mark.parametrize("p", (0.0, 0.4))
-def test_one_pass_over_the_gradient_or_two(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, p: float) -> None:
+def test_one_pass_over_the_gradient_or_two(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Low ranks take the kernel that leaves dS and dB at once, and sums over many programs; both ways agree."""
     launched = []
     for name in ("_project", "_reduce"):
         function = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, name=name, f=function: (launched.append(name), f(*a)))
-    for r, programs in itertools.product((4, 65), (1, 6, 512)):
+    for r, programs in ((4, 1), (4, 6), (4, 512), (65, 512)):
         monkeypatch.setattr(kernels, "PROGRAMS", programs)
         launched.clear()
-        check(make_inputs(N=140, d_in=9, d_out=70, r=r, dropout_p=p))
+        check(make_inputs(N=140, d_in=9, d_out=70, r=r))
         assert launched == ["_project", "_reduce"] if r == 4 else ["_project", "_project", "_reduce", "_reduce"]
 
 
@@ -201,7 +198,7 @@ def test_rates_of_their_own(kernels: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "d"), ((1, 1), (5, 7), (70, 130)))
+@pytest.mark.parametrize(("N", "d"), ((1, 1), (5, 7), (35, 70)))
 def test_masks_are_those_of_every_backend(kernels: ModuleType, N: int, d: int, dtype: torch.dtype) -> None:
     """With A = 1 and x = 1 the projected points are the mask itself, in forward and in both places of backward."""
     for seed, offset, p in ((1, 2, 0.1), (-(2**63), 2**63 - 1, 0.5), (12345678901234, -1, 0.93), (7, 7, 1e-12)):
@@ -316,7 +313,7 @@ def test_nan_stays_nan_in_its_own_row(base: bool) -> None:
 
 @pytest.mark.parametrize("p", (0.0, 0.3))
 def test_same_bits_on_every_run(base: bool, p: float) -> None:
-    inputs = make_inputs(N=140, d_in=70, d_out=20, K=2, dropout_p=p)
+    inputs = make_inputs(N=140, d_in=70, d_out=20, dropout_p=p)
     first, second = (ours(inputs, "triton").tensors() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from mutations import NATIVE_KERNELS, TRITON, TRITON_KERNELS
+from mutations import LORA_TRITON, NATIVE_KERNELS, TRITON, TRITON_KERNELS
 
 VALIDATE = (sys.executable, "-m", "kdkernels", "validate", "--exitfirst")
 FAILED = re.compile(r"\b[1-9]\d* failed")
@@ -25,6 +25,11 @@ def mutate(tree, mutation):
 def validate(tree, environment, *options):
     environment = environment | {"PYTHONPATH": str(tree)}
     return subprocess.run([*VALIDATE, *options], cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def only(mutation):
+    """The checks of the operators that the mutated file belongs to."""
+    return [option for op in mutation.ops for option in ("--op", op)]
 
 
 def check_noticed(result):
@@ -47,8 +52,14 @@ def interpreting(environment):
 
 
 def test_every_triton_kernel_has_a_mistake():
-    kernels = re.findall(r"@triton\.jit\ndef (\w+)", (ROOT / TRITON).read_text())
-    assert kernels == [mutation.kernel for mutation in TRITON_KERNELS]
+    kernels = [
+        (file, kernel)
+        for file in (TRITON, LORA_TRITON)
+        for kernel in re.findall(r"@triton\.jit\ndef (\w+)", (ROOT / file).read_text())
+    ]
+    assert kernels == [(mutation.file, mutation.kernel) for mutation in TRITON_KERNELS]
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kdkernels").rglob("triton.py")}
+    assert files == {TRITON, LORA_TRITON}
 
 
 def test_the_unchanged_triton_kernels_pass(interpreted, interpreting):
@@ -60,7 +71,7 @@ def test_the_unchanged_triton_kernels_pass(interpreted, interpreting):
 def test_a_wrong_triton_kernel_is_noticed(mutation, interpreted, interpreting):
     undo = mutate(interpreted, mutation)
     try:
-        check_noticed(validate(interpreted, interpreting, "--backend", "triton", "--quick"))
+        check_noticed(validate(interpreted, interpreting, "--backend", "triton", "--quick", *only(mutation)))
     finally:
         undo()
 
@@ -80,7 +91,7 @@ def built(tmp_path_factory):
         (module,) = (tree / "build").glob("_C*.so")
         shutil.copy(module, tree / "kdkernels")
 
-    options = ["-G", "Ninja", "-DKDKERNELS_ISAS=baseline", "-DKDKERNELS_CUDA=off"]
+    options = ["-G", "Ninja", "-DKDKERNELS_ISAS=baseline", "-DKDKERNELS_OPTIMIZE=-O1"]
     options += [f"-DPython_EXECUTABLE={sys.executable}"]
     subprocess.run(["cmake", "-S", tree, "-B", tree / "build", *options], check=True, capture_output=True)
     build()
@@ -98,6 +109,6 @@ def test_a_wrong_native_kernel_is_noticed(mutation, built, environment):
     undo = mutate(tree, mutation)
     try:
         build()
-        check_noticed(validate(tree, environment, "--backend", "native", "--quick"))
+        check_noticed(validate(tree, environment, "--backend", "native", "--quick", *only(mutation)))
     finally:
         undo()

@@ -61,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Validate, print, and return the exit code."""
     ops = arguments.op or list(SUITES)
-    results = [result for op in ops for result in validate(op, arguments.backend, arguments.quick, arguments.exitfirst)]
+    results: list[Result] = []
+    for op in ops:
+        results += validate(op, arguments.backend, arguments.quick, arguments.exitfirst)
+        if arguments.exitfirst and not all(result.ok for result in results):
+            break
     skipped = [
         {"op": row.op, "backend": row.backend, "reason": reason}
         for row in TABLE
