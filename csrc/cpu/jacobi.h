@@ -14,15 +14,17 @@
 
 namespace kd::KD_ISA {
 
-// The order in which pairs of columns are visited: neighbours in the list are disjoint where possible, so that one
-// pair's coefficients are computed while the pair before is still being rotated; block by block where the columns
-// exceed the first-level cache.
+// Two columns that meet.
+struct Pair {
+  int32_t i, j;
+};
+
+// The order in which pairs of columns are visited, in batches of disjoint ones; block by block where the columns exceed
+// the first-level cache.
 class Schedule {
  public:
-  struct Pair {
-    int32_t i, j;
-  };
-  Schedule(int64_t cols, int64_t column_bytes) : pairs_(max<int64_t>(1, cols * (cols - 1) / 2)) {
+  Schedule(int64_t cols, int64_t column_bytes)
+      : pairs_(max<int64_t>(1, cols * (cols - 1) / 2)), sizes_(max<int64_t>(1, cols * (cols - 1) / 2)) {
     constexpr int64_t cache = 24 * 1024;
     int64_t block = cols;
     if (cols * column_bytes > cache) block = min(cols, max<int64_t>(2, cache / (3 * column_bytes)));
@@ -37,13 +39,25 @@ class Schedule {
       }
     }
   }
-  int64_t count() const { return count_; }
-  Pair operator[](int64_t k) const { return pairs_[k]; }
+  const Pair* pairs() const { return pairs_.get(); }
+  int64_t batches() const { return batches_; }
+  int batch(int64_t k) const { return sizes_[k]; }
 
  private:
-  void add(int64_t i, int64_t j) { pairs_[count_++] = {static_cast<int32_t>(i), static_cast<int32_t>(j)}; }
+  void add(int64_t i, int64_t j) {
+    const Pair pair{static_cast<int32_t>(i), static_cast<int32_t>(j)};
+    bool fits = batches_ > 0 && sizes_[batches_ - 1] < 4;
+    for (int64_t k = count_ - (fits ? sizes_[batches_ - 1] : 0); k < count_; ++k) {
+      const Pair other = pairs_[k];
+      fits = fits && other.i != pair.i && other.i != pair.j && other.j != pair.i && other.j != pair.j;
+    }
+    if (!fits) sizes_[batches_++] = 0;
+    ++sizes_[batches_ - 1];
+    pairs_[count_++] = pair;
+  }
   Buffer<Pair> pairs_;
-  int64_t count_ = 0;
+  Buffer<int32_t> sizes_;
+  int64_t count_ = 0, batches_ = 0;
 };
 
 // What is known of a column beside its elements.
@@ -94,12 +108,6 @@ class Jacobi {
   int sweeps = 0;
 
  private:
-  struct Rotation {
-    N A, B;
-    Mask<T> lost_i, lost_j;  // lanes where cancellation leaves a norm to be computed anew
-    bool rotates, refreshes;
-  };
-
   N* column(int64_t j) const { return X_ + j * stride_; }
 
   void prepare_column(int64_t j) {
@@ -133,8 +141,7 @@ class Jacobi {
     }
   }
 
-  void rotate(N* x, N* y, const Rotation& rotation) const {
-    const N A = rotation.A, B = rotation.B;
+  void rotate(N* x, N* y, N A, N B) const {
     for (int64_t i = 0; i < rows_ + extra_; i += 2)
       for (int u = 0; u < 2; ++u) {
         const N xi = x[i + u], yi = y[i + u];
@@ -143,68 +150,80 @@ class Jacobi {
       }
   }
 
-  // The rotation of columns i and j; their norms and scales become those after it.
-  Rotation prepare(int64_t i, int64_t j) {
+  // Rotates K disjoint pairs, step by step for all of them: a quotient waits for a root, and that for an inner product.
+  template <int K>
+  void rotate_pairs(const Pair* pairs) {
     constexpr T eps = Format<T>::epsilon;
-    Rotation out;
-    const N g = dot(column(i), column(j));
-    Column<T>&ci = columns_[i], &cj = columns_[j];
-    const Mask<T> swapped = ci.d < cj.d;  // x is the column of the larger scale
-    const V q = swapped ? ci.d * cj.inverse_d : cj.d * ci.inverse_d, q2 = q * q;
-    const V a = swapped ? cj.norm : ci.norm, b = swapped ? ci.norm : cj.norm;
-    const V wx = swapped ? cj.w : ci.w, wy = swapped ? ci.w : cj.w;
-    const V inverse = 1 / (wx * wy);
-    const V cosine2 = abs2(g) * inverse;  // times a b
-    const Mask<T> rotated = active_ & (cosine2 > (4 * eps * eps) * (a * b));
-    out.rotates = any(rotated);
-    if (!out.rotates) return out;
-    const V delta = a - q2 * b, root = square_root<T>(delta * delta + 4 * q2 * cosine2);
-    V factor = 2 / (delta + (delta < 0 ? -root : root));
-    factor = rotated ? factor : V{};
-    const V h = factor * cosine2;                    // what y's squared norm loses
-    const V to_y = factor * (wy * inverse);          // |κ|/γ
-    const V to_x = q2 * (wx * wx * inverse) * to_y;  // q² w_x/w_y |κ|/γ
-    const V kappa2 = to_y * to_y * abs2(g), tangent2 = q2 * (wx * wx * inverse) * kappa2;
-    const N forth = g * to_y, back = g * to_x;
-    out.A = select(swapped, -conj(forth), conj(back));  // where x is column j, its product with y is g*
-    out.B = select(swapped, back, -forth);
-    const V growth = 1 + tangent2, x_norm = a + q2 * h, y_norm = b - h;
-    ci.norm = swapped ? y_norm : x_norm;
-    cj.norm = swapped ? x_norm : y_norm;
-    ci.w *= growth;
-    cj.w *= growth;
-    // Where every rotation changed its columns by little, the cosines left are of the order of its square.
-    again_ |= rotated & (kappa2 * (a * wx) > kSettled * (b * wy));
-    const Mask<T> cancelled = rotated & (y_norm < T(0.02) * b), grown = rotated & (wx * growth > kGrowth);
-    out.lost_i = (swapped & cancelled) | grown;
-    out.lost_j = (~swapped & cancelled) | grown;
-    out.refreshes = any(cancelled | grown);
-    return out;
-  }
-
-  void finish(int64_t i, int64_t j, const Rotation& rotation) {
-    if (!rotation.rotates) return;
-    rotate(column(i), column(j), rotation);
-    if (!rotation.refreshes) return;
-    refresh(i, rotation.lost_i);
-    refresh(j, rotation.lost_j);
+    N g[K];
+    V a[K], b[K], wx[K], wy[K], q2[K], inverse[K], cosine2[K], delta[K], factor[K];
+    Mask<T> swapped[K], rotated[K];
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) g[u] = dot(column(pairs[u].i), column(pairs[u].j));
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      const Column<T>&ci = columns_[pairs[u].i], &cj = columns_[pairs[u].j];
+      inverse[u] = 1 / (ci.w * cj.w);
+      swapped[u] = ci.d < cj.d;  // x is the column of the larger scale
+      const V q = swapped[u] ? ci.d * cj.inverse_d : cj.d * ci.inverse_d;
+      q2[u] = q * q;
+      a[u] = swapped[u] ? cj.norm : ci.norm;
+      b[u] = swapped[u] ? ci.norm : cj.norm;
+      wx[u] = swapped[u] ? cj.w : ci.w;
+      wy[u] = swapped[u] ? ci.w : cj.w;
+      cosine2[u] = abs2(g[u]) * inverse[u];  // times a b
+      rotated[u] = active_ & (cosine2[u] > (4 * eps * eps) * (a[u] * b[u]));
+      delta[u] = a[u] - q2[u] * b[u];
+    }
+    V root[K];
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) root[u] = square_root<T>(delta[u] * delta[u] + 4 * q2[u] * cosine2[u]);
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      factor[u] = 2 / (delta[u] + (delta[u] < 0 ? -root[u] : root[u]));
+      factor[u] = rotated[u] ? factor[u] : V{};
+    }
+    N A[K], B[K];
+    Mask<T> cancelled[K], grown[K];
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u) {
+      Column<T>&ci = columns_[pairs[u].i], &cj = columns_[pairs[u].j];
+      const V h = factor[u] * cosine2[u];                    // what y's squared norm loses
+      const V to_y = factor[u] * (wy[u] * inverse[u]);       // |κ|/γ
+      const V ratio = q2[u] * (wx[u] * wx[u] * inverse[u]);  // q² w_x/w_y
+      const V kappa2 = to_y * to_y * abs2(g[u]), growth = 1 + ratio * kappa2;
+      const N forth = g[u] * to_y, back = forth * ratio;
+      A[u] = select(swapped[u], -conj(forth), conj(back));  // where x is column j, its product with y is g*
+      B[u] = select(swapped[u], back, -forth);
+      const V x_norm = a[u] + q2[u] * h, y_norm = b[u] - h;
+      ci.norm = swapped[u] ? y_norm : x_norm;
+      cj.norm = swapped[u] ? x_norm : y_norm;
+      ci.w *= growth;
+      cj.w *= growth;
+      // Where every rotation changed its columns by little, the cosines left are of the order of its square.
+      again_ |= rotated[u] & (kappa2 * (a[u] * wx[u]) > kSettled * (b[u] * wy[u]));
+      cancelled[u] = rotated[u] & (y_norm < T(0.02) * b[u]);
+      grown[u] = rotated[u] & (wx[u] * growth > kGrowth);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < K; ++u)
+      if (any(rotated[u])) rotate(column(pairs[u].i), column(pairs[u].j), A[u], B[u]);
+    Mask<T> lost{};
+    for (int u = 0; u < K; ++u) lost |= cancelled[u] | grown[u];
+    if (!any(lost)) return;
+    for (int u = 0; u < K; ++u) {  // norms that cancellation leaves to be computed anew
+      refresh(pairs[u].i, (swapped[u] & cancelled[u]) | grown[u]);
+      refresh(pairs[u].j, (~swapped[u] & cancelled[u]) | grown[u]);
+    }
   }
 
   void sweep(const Schedule& schedule) {
-    const int64_t count = schedule.count();
-    if (count == 0 || cols_ < 2) return;
-    Schedule::Pair now = schedule[0];
-    Rotation rotation = prepare(now.i, now.j);
-    for (int64_t k = 1; k < count; ++k) {
-      const Schedule::Pair next = schedule[k];
-      const bool disjoint = now.i != next.i && now.i != next.j && now.j != next.i && now.j != next.j;
-      if (!disjoint) finish(now.i, now.j, rotation);
-      const Rotation ahead = prepare(next.i, next.j);
-      if (disjoint) finish(now.i, now.j, rotation);
-      rotation = ahead;
-      now = next;
+    const Pair* pairs = schedule.pairs();
+    for (int64_t k = 0; k < schedule.batches(); ++k) {
+      int count = schedule.batch(k);
+      for (; count >= kTogether; count -= kTogether, pairs += kTogether) rotate_pairs<kTogether>(pairs);
+      for (; count >= 2; count -= 2, pairs += 2) rotate_pairs<2>(pairs);
+      if (count) rotate_pairs<1>(pairs++);
     }
-    finish(now.i, now.j, rotation);
   }
 
   // In the lanes of `mask`: |x̃|² computed anew, w moved into d, x̃ brought near 1 again. What is left of a column that
@@ -233,6 +252,7 @@ class Jacobi {
     c.w = mask ? one : c.w;
   }
 
+  static constexpr int kTogether = 4 / N::parts;     // pairs at a time
   static constexpr T kSettled = Format<T>::epsilon;  // squared relative changes below it end the iteration
   static constexpr T kGrowth = sizeof(T) == 4 ? T(0x1p30) : T(0x1p200);
 

@@ -20,7 +20,7 @@ struct Decomposition {
   static int64_t padded_rows(int64_t cols) { return round_up(cols, Jacobi<N>::kUnroll); }
   static int64_t vectors(int64_t rows, int64_t cols, bool with_vectors) {
     const int64_t padded = padded_rows(cols), stride = with_vectors ? 2 * padded : padded;
-    return N::parts * (rows * cols + stride * cols + cols) + 3 * cols + 5 * cols;
+    return N::parts * (max(rows, padded) * cols + stride * cols + cols) + 3 * cols + 5 * cols;
   }
   Decomposition(int64_t rows, int64_t cols, bool with_vectors, V* memory)
       : rows(rows),
@@ -33,7 +33,7 @@ struct Decomposition {
       memory += count;
       return taken;
     };
-    M = reinterpret_cast<N*>(take(N::parts * rows * cols));
+    M = reinterpret_cast<N*>(take(N::parts * max(rows, padded) * cols));
     X = reinterpret_cast<N*>(take(N::parts * stride_X * cols));
     diagonal = reinterpret_cast<N*>(take(N::parts * cols));
     tau = take(cols);
@@ -46,6 +46,13 @@ struct Decomposition {
   int decompose(const Schedule& schedule, bool with_vectors) {
     householder(M, rows, cols, stride_M, diagonal, tau);
     adjoint_of_factor(M, cols, stride_M, diagonal, X, stride_X);
+    if (!with_vectors) {
+      householder(X, cols, cols, stride_X, diagonal, tau);
+      adjoint_of_factor(X, cols, stride_X, diagonal, M, padded);
+      N* other = M;
+      M = X;
+      X = other;
+    }
     for (int64_t j = 0; j < cols; ++j)
       for (int64_t i = cols; i < stride_X; ++i) {
         const T one = i == padded + j;
