@@ -135,11 +135,8 @@ class Systems {
     const bool with_vectors = wants_vectors(call_);
     Decomposition<N> svd(n_, n_, with_vectors, rest_);
     inner_products(n_, Lo_, Lc_, svd.M);
-    svd.decompose(schedule, with_vectors);
-    if (with_vectors) {
-      svd.refine_right();
-      svd.left_vectors(left_, n_);
-    }
+    svd.decompose(schedule, with_vectors, with_vectors);
+    if (with_vectors) svd.left_vectors(left_, n_);
     svd.sort();
     if (call_.values) {
       const V scale = (1 / scale_c) * (1 / scale_o);

@@ -79,16 +79,18 @@ class Jacobi {
   // Rows of a column are padded with zeros to a multiple of this.
   static constexpr int kUnroll = N::parts == 2 ? 2 : 4;
 
+  // `graded`: vectors of small singular values are multiplied by columns of large ones afterwards (as L_c V is), so
+  // cosines are made small in proportion to √(σ_small/σ_large).
   // X: columns `stride` apart of `rows` elements (padded) that are made orthogonal, then `extra` that are rotated
   // along.
-  Jacobi(N* X, int64_t rows, int64_t extra, int64_t cols, int64_t stride, Column<T>* columns)
-      : X_(X), rows_(rows), extra_(extra), cols_(cols), stride_(stride), columns_(columns) {}
+  Jacobi(N* X, int64_t rows, int64_t extra, int64_t cols, int64_t stride, Column<T>* columns, bool graded)
+      : X_(X), rows_(rows), extra_(extra), cols_(cols), stride_(stride), columns_(columns), graded_(graded) {}
 
   // Scales each column by a power of two, then sweeps until a sweep's rotations leave nothing to do.
   void run(const Schedule& schedule) {
     for (int64_t j = 0; j < cols_; ++j) prepare_column(j);
     active_ = broadcast<T>(0) == 0;
-    for (sweeps = 0; sweeps < kMaxSweeps && any(active_); ++sweeps) {
+    for (int sweeps = 0; sweeps < kMaxSweeps && any(active_); ++sweeps) {
       again_ = Mask<T>{};
       sweep(schedule);
       active_ = again_;
@@ -104,8 +106,6 @@ class Jacobi {
     }
     return even + odd;
   }
-
-  int sweeps = 0;
 
  private:
   N* column(int64_t j) const { return X_ + j * stride_; }
@@ -155,7 +155,7 @@ class Jacobi {
   void rotate_pairs(const Pair* pairs) {
     constexpr T eps = Format<T>::epsilon;
     N g[K];
-    V a[K], b[K], wx[K], wy[K], q2[K], inverse[K], cosine2[K], delta[K], factor[K];
+    V a[K], b[K], wx[K], wy[K], q2[K], inverse[K], small[K], cosine2[K], delta[K], factor[K];
     Mask<T> swapped[K], rotated[K];
 #pragma GCC unroll 4
     for (int u = 0; u < K; ++u) g[u] = dot(column(pairs[u].i), column(pairs[u].j));
@@ -166,12 +166,13 @@ class Jacobi {
       swapped[u] = ci.d < cj.d;  // x is the column of the larger scale
       const V q = swapped[u] ? ci.d * cj.inverse_d : cj.d * ci.inverse_d;
       q2[u] = q * q;
+      small[u] = graded_ ? q : broadcast<T>(1);
       a[u] = swapped[u] ? cj.norm : ci.norm;
       b[u] = swapped[u] ? ci.norm : cj.norm;
       wx[u] = swapped[u] ? cj.w : ci.w;
       wy[u] = swapped[u] ? ci.w : cj.w;
       cosine2[u] = abs2(g[u]) * inverse[u];  // times a b
-      rotated[u] = active_ & (cosine2[u] > (4 * eps * eps) * (a[u] * b[u]));
+      rotated[u] = active_ & (cosine2[u] > (4 * eps * eps) * (a[u] * b[u]) * small[u]);
       delta[u] = a[u] - q2[u] * b[u];
     }
     V root[K];
@@ -200,7 +201,7 @@ class Jacobi {
       ci.w *= growth;
       cj.w *= growth;
       // Where every rotation changed its columns by little, the cosines left are of the order of its square.
-      again_ |= rotated[u] & (kappa2 * (a[u] * wx[u]) > kSettled * (b[u] * wy[u]));
+      again_ |= rotated[u] & (kappa2 * (a[u] * wx[u]) > kSettled * (b[u] * wy[u]) * small[u]);
       cancelled[u] = rotated[u] & (y_norm < T(0.02) * b[u]);
       grown[u] = rotated[u] & (wx[u] * growth > kGrowth);
     }
@@ -259,6 +260,7 @@ class Jacobi {
   N* X_;
   int64_t rows_, extra_, cols_, stride_;
   Column<T>* columns_;
+  bool graded_;
   Mask<T> active_, again_;
 };
 

@@ -20,7 +20,7 @@ struct Decomposition {
   static int64_t padded_rows(int64_t cols) { return round_up(cols, Jacobi<N>::kUnroll); }
   static int64_t vectors(int64_t rows, int64_t cols, bool with_vectors) {
     const int64_t padded = padded_rows(cols), stride = with_vectors ? 2 * padded : padded;
-    return N::parts * (max(rows, padded) * cols + stride * cols + cols) + 3 * cols + 5 * cols;
+    return N::parts * (rows * cols + stride * cols + cols) + 3 * cols + 5 * cols;
   }
   Decomposition(int64_t rows, int64_t cols, bool with_vectors, V* memory)
       : rows(rows),
@@ -33,7 +33,7 @@ struct Decomposition {
       memory += count;
       return taken;
     };
-    M = reinterpret_cast<N*>(take(N::parts * max(rows, padded) * cols));
+    M = reinterpret_cast<N*>(take(N::parts * rows * cols));
     X = reinterpret_cast<N*>(take(N::parts * stride_X * cols));
     diagonal = reinterpret_cast<N*>(take(N::parts * cols));
     tau = take(cols);
@@ -43,50 +43,21 @@ struct Decomposition {
   }
 
   // M is destroyed. Fills `values`, unsorted; with vectors X's columns hold V and, from row `padded` on, J.
-  int decompose(const Schedule& schedule, bool with_vectors) {
+  // A second QR, of Rᴴ, saves about half a sweep and costs as much.
+  void decompose(const Schedule& schedule, bool with_vectors, bool graded = false) {
     householder(M, rows, cols, stride_M, diagonal, tau);
     adjoint_of_factor(M, cols, stride_M, diagonal, X, stride_X);
-    if (!with_vectors) {
-      householder(X, cols, cols, stride_X, diagonal, tau);
-      adjoint_of_factor(X, cols, stride_X, diagonal, M, padded);
-      N* other = M;
-      M = X;
-      X = other;
-    }
     for (int64_t j = 0; j < cols; ++j)
       for (int64_t i = cols; i < stride_X; ++i) {
         const T one = i == padded + j;
         X[j * stride_X + i] = from_real<N>(broadcast<T>(one));
       }
-    Jacobi<N> jacobi(X, padded, with_vectors ? padded : 0, cols, stride_X, columns);
+    Jacobi<N> jacobi(X, padded, with_vectors ? padded : 0, cols, stride_X, columns, graded);
     jacobi.run(schedule);
     for (int64_t j = 0; j < cols; ++j) {
       const V size = square_root<T>(jacobi.norm2(X + j * stride_X));
       values[j] = columns[j].d * (size / square_root<T>(columns[j].w));
       if (with_vectors) normalise_vectors(X + j * stride_X, size, columns[j]);
-    }
-    return jacobi.sweeps;
-  }
-
-  // V_ij σ_j = Σ_k R_ki* J_kj once more, and it is taken where its terms are too small to have the error of a unit
-  // vector's largest element: the small elements of V that belong to large singular values, where M falls in rows and
-  // columns as products of Gramian factors do.
-  void refine_right() {
-    for (int64_t j = 0; j < cols; ++j) {
-      N* x = X + j * stride_X;
-      const N* J = x + padded;
-      const V inverse = values[j] > 0 ? 1 / values[j] : V{};
-      for (int64_t i = 0; i < cols; ++i) {
-        N sum{};
-        V terms{};
-        for (int64_t k = 0; k <= i; ++k) {
-          const N r = k < i ? M[i * stride_M + k] : diagonal[k];
-          sum = add_conj_product(sum, r, J[k]);
-          terms += largest_part(r) * largest_part(J[k]);
-        }
-        const V bound = terms * inverse;
-        x[i] = select((bound > 0) & (bound < T(0.25)), sum * inverse, x[i]);
-      }
     }
   }
 
