@@ -60,9 +60,8 @@ class Workload:
 
     def open(self, device: str = "cpu") -> "Session":
         """The case, ready to run."""
-        return Session(
-            self.op, make_systems(**{"device": device, "dtype": torch.complex64} | self.arguments), self.grad
-        )
+        defaults: dict[str, Any] = {"device": device, "dtype": torch.complex64}
+        return Session(self.op, make_systems(**defaults | self.arguments), self.grad)
 
 
 @dataclass

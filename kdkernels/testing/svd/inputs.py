@@ -19,7 +19,7 @@ def make_matrices(
     device: str = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """(N, rows, cols). `graded` columns span 30 decades, `repeated` values are 2, …, 2, 1, …, 1, `low rank` has a third."""
+    """(N, rows, cols). `graded` columns span 30 decades, `repeated` values are 2 and 1, `low rank` is a third."""
     draw = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
 
