@@ -14,8 +14,10 @@ namespace kd {
 namespace py = pybind11;
 
 void bind_common(py::module_& m);
+void bind_hankel(py::module_& m);
 void bind_lora_linear(py::module_& m);
 void bind_projection_alignment(py::module_& m);
+void bind_svd(py::module_& m);
 
 using MaybeView = std::optional<View>;
 
@@ -25,6 +27,8 @@ inline View or_absent(const MaybeView& view) {
 
 // Throw ValueError, naming the argument, unless an absent-or-present view has this many rows and columns.
 void check_shape(const char* name, const View& view, int64_t rows, int64_t cols);
+// Throw unless an absent-or-present view is contiguous, has this many columns, and rows and dtype like another.
+void check_batch(const char* name, const View& view, const View& like, int64_t cols);
 void check_dtype(const char* name, const View& view, DType dtype);
 void check_threads(int threads);
 

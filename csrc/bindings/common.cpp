@@ -27,6 +27,16 @@ void check_dtype(const char* name, const View& view, DType dtype) {
   if (view && view.dtype != dtype) throw py::type_error(std::string(name) + " has the wrong dtype");
 }
 
+void check_batch(const char* name, const View& view, const View& like, int64_t cols) {
+  check_shape(name, view, like.rows, cols);
+  check_dtype(name, view, like.dtype);
+  if (view && view.dtype == DType::bfloat16)
+    throw py::type_error(std::string(name) + " is bfloat16, but must be float32 or float64");
+  const bool contiguous = view.rows * view.cols == 0 || ((view.cols == 1 || view.col_stride == 1) &&
+                                                         (view.rows == 1 || view.row_stride == view.cols));
+  if (view && !contiguous) throw py::value_error(std::string(name) + " must be contiguous");
+}
+
 void check_threads(int threads) {
   if (threads < 1) throw py::value_error("threads is " + std::to_string(threads) + ", but must be at least 1");
 }

@@ -4,15 +4,19 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "kdkernels/hankel.h"
 #include "kdkernels/lora_linear.h"
 #include "kdkernels/projection_alignment.h"
+#include "kdkernels/svd.h"
 
 namespace kd {
 
 #define KD_DECLARE_ISA(isa)                                     \
   namespace isa {                                               \
+  extern const HankelKernels hankel;                            \
   extern const LoraLinearKernels lora_linear;                   \
   extern const ProjectionAlignmentKernels projection_alignment; \
+  extern const SvdKernels svd;                                  \
   }
 #ifdef KD_HAS_AVX512
 KD_DECLARE_ISA(avx512)
@@ -31,13 +35,14 @@ const Isa table[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
      },
-     &avx512::projection_alignment, &avx512::lora_linear},
+     &avx512::projection_alignment, &avx512::lora_linear, &avx512::svd, &avx512::hankel},
 #endif
 #ifdef KD_HAS_AVX2
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     &avx2::projection_alignment, &avx2::lora_linear},
+     &avx2::projection_alignment, &avx2::lora_linear, &avx2::svd, &avx2::hankel},
 #endif
-    {"baseline", [] { return true; }, &baseline::projection_alignment, &baseline::lora_linear},
+    {"baseline", [] { return true; }, &baseline::projection_alignment, &baseline::lora_linear, &baseline::svd,
+     &baseline::hankel},
 };
 
 const Isa& find(const std::string& what, const std::string& name) {

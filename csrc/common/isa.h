@@ -6,14 +6,18 @@
 
 namespace kd {
 
+struct HankelKernels;
 struct LoraLinearKernels;
 struct ProjectionAlignmentKernels;
+struct SvdKernels;
 
 struct Isa {
   const char* name;
   bool (*supported)();
   const ProjectionAlignmentKernels* projection_alignment;
   const LoraLinearKernels* lora_linear;
+  const SvdKernels* svd;
+  const HankelKernels* hankel;
 };
 
 // Best first. Only those this processor can run.

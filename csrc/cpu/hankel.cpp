@@ -1,0 +1,203 @@
+#include "kdkernels/hankel.h"
+
+#include "generator.h"
+#include "lane_io.h"
+#include "spectrum.h"
+
+namespace kd::KD_ISA {
+namespace {
+
+// M = L_oᴴ L_c (n, n), all columns contiguous.
+template <class N>
+void inner_products(int64_t n, const N* Lo, const N* Lc, N* M) {
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t j = 0; j < n; ++j) {
+      const N *x = Lo + j * n, *y = Lc + k * n;
+      N even{}, odd{};
+      int64_t i = 0;
+      for (; i + 1 < n; i += 2) {
+        even = add_conj_product(even, x[i], y[i]);
+        odd = add_conj_product(odd, x[i + 1], y[i + 1]);
+      }
+      if (i < n) even = add_conj_product(even, x[i], y[i]);
+      M[k * n + j] = even + odd;
+    }
+}
+
+// out = L V diag(scale) for V (n, n) with columns `stride` apart.
+template <class N>
+void project(int64_t n, const N* L, const N* V, int64_t stride, const Vector<ScalarOf<N>>* scale, N* out) {
+  for (int64_t j = 0; j < n; ++j) {
+    N* to = out + j * n;
+    for (int64_t i = 0; i < n; ++i) to[i] = N{};
+    for (int64_t k = 0; k < n; ++k) {
+      const N v = V[j * stride + k] * scale[j];
+      for (int64_t i = 0; i < n; ++i) to[i] = add_product(to[i], v, L[k * n + i]);
+    }
+  }
+}
+
+// One lane group's systems and its workspace.
+template <class N>
+class Systems {
+  using T = ScalarOf<N>;
+  using V = Vector<T>;
+
+ public:
+  static int64_t vectors(const Hankel& call) {
+    const int64_t n = call.n, io = max(call.m, call.p);
+    return N::parts * (n + n * io + io + (2 + 2 * wants_vectors(call)) * n * n) + 2 * n + io + (n + 1) +
+           Decomposition<N>::vectors(n, n, wants_vectors(call));
+  }
+  static bool wants_vectors(const Hankel& call) { return call.T || call.W; }
+  static bool wants_spectrum(const Hankel& call) { return call.values || wants_vectors(call); }
+
+  Systems(const Hankel& call, int64_t index, V* memory) : call_(call), index_(index), n_(call.n) {
+    const int64_t io = max(call.m, call.p);
+    const auto take = [&](int64_t count) {
+      V* taken = memory;
+      memory += count;
+      return taken;
+    };
+    const auto take_numbers = [&](int64_t count) { return reinterpret_cast<N*>(take(N::parts * count)); };
+    lambda_ = take_numbers(n_);
+    generators_ = take_numbers(n_ * io);
+    sine_ = take_numbers(io);
+    Lc_ = take_numbers(n_ * n_);
+    Lo_ = take_numbers(n_ * n_);
+    if (wants_vectors(call)) {
+      left_ = take_numbers(n_ * n_);
+      projected_ = take_numbers(n_ * n_);
+    }
+    cosine_ = take(io);
+    den_ = take(n_);
+    inverse_den_ = take(n_);
+    residual_ = take(n_ + 1);
+    rest_ = memory;
+  }
+
+  void run(const Schedule& schedule) {
+    read_poles();
+    const bool both = wants_spectrum(call_);
+    // Both sides are read before either is factored: what is bad in one of them spoils the system.
+    read_outputs();
+    const Mask<T> bad_outputs = not_finite(generators_, n_ * call_.p);
+    read_inputs();
+    bad_ |= bad_outputs | not_finite(generators_, n_ * call_.m);
+    for (int64_t i = 0; i < n_; ++i) {
+      lambda_[i] = select(bad_, N{}, lambda_[i]);
+      den_[i] = bad_ ? broadcast<T>(1) : den_[i];
+    }
+    V scale_c = broadcast<T>(1), scale_o = broadcast<T>(1);
+    if (both || call_.factor_c || call_.residual_c) scale_c = factor(call_.m, Lc_, call_.factor_c, call_.residual_c);
+    if (both || call_.factor_o || call_.residual_o) {
+      read_outputs();
+      for (int64_t i = 0; i < n_; ++i) lambda_[i] = conj(lambda_[i]);
+      scale_o = factor(call_.p, Lo_, call_.factor_o, call_.residual_o);
+    }
+    if (both) decompose(schedule, scale_c, scale_o);
+  }
+
+ private:
+  void read_poles() {
+    read_numbers(Group<T>(call_.Lambda, index_), n_, lambda_);
+    bad_ = not_finite(lambda_, n_);
+    for (int64_t i = 0; i < n_; ++i) {
+      den_[i] = one_minus_product_conj(lambda_[i], lambda_[i]).re;
+      bad_ |= ~(den_[i] > 0);
+    }
+  }
+  void read_inputs() { read_numbers(Group<T>(call_.B, index_), n_ * call_.m, generators_); }
+  void read_outputs() {  // rows of Cᴴ
+    const int64_t p = call_.p;
+    read_columns(Group<T>(call_.C, index_), p, n_, generators_, p);
+    for (int64_t k = 0; k < n_ * p; ++k) generators_[k] = conj(generators_[k]);
+  }
+
+  // L of the generators that were read times the power of two that is returned.
+  V factor(int64_t m, N* L, const View& factor_view, const View& residual_view) {
+    const V scale = normalise(generators_, n_ * m, bad_), inverse = 1 / scale;
+    factor_gramian(n_, m, lambda_, den_, inverse_den_, generators_, cosine_, sine_, L, n_,
+                   residual_view ? residual_ : nullptr);
+    if (residual_view)
+      Group<T>(residual_view, index_).write(0, n_ + 1, [&](int64_t k) {
+        return bad_ ? nan() : residual_[k] * inverse * inverse;
+      });
+    if (factor_view)
+      Group<T>(factor_view, index_).write(0, n_ * n_ * N::parts, [&](int64_t k) {
+        const int64_t e = k / N::parts;
+        return bad_ ? nan() : real_part(L + e % n_ * n_ + e / n_, k % N::parts) * inverse + 0;
+      });
+    return scale;
+  }
+
+  void decompose(const Schedule& schedule, V scale_c, V scale_o) {
+    const bool with_vectors = wants_vectors(call_);
+    Decomposition<N> svd(n_, n_, with_vectors, rest_);
+    inner_products(n_, Lo_, Lc_, svd.M);
+    svd.decompose(schedule, with_vectors);
+    if (with_vectors) {
+      svd.refine_right();
+      svd.left_vectors(left_, n_);
+    }
+    svd.sort();
+    if (call_.values) {
+      const V scale = (1 / scale_c) * (1 / scale_o);
+      Group<T>(call_.values, index_).write(0, n_, [&](int64_t k) { return bad_ ? nan() : svd.values[k] * scale; });
+    }
+    if (!with_vectors) return;
+    for (int64_t j = 0; j < n_; ++j) svd.values[j] = svd.values[j] > 0 ? 1 / square_root<T>(svd.values[j]) : V{};
+    const V balance = square_root<T>(scale_o) / square_root<T>(scale_c);
+    if (call_.T) {
+      svd.reorder(svd.X, n_, svd.stride_X);
+      project_and_write(Lc_, svd.X, svd.stride_X, svd.values, balance, call_.T);
+    }
+    if (call_.W) {
+      svd.reorder(left_, n_, n_);
+      project_and_write(Lo_, left_, n_, svd.values, 1 / balance, call_.W);
+    }
+  }
+
+  void project_and_write(const N* L, const N* vectors, int64_t stride, const V* scale, V balance, const View& view) {
+    project(n_, L, vectors, stride, scale, projected_);
+    for (int64_t k = 0; k < n_ * n_; ++k) projected_[k] = projected_[k] * balance;
+    write_columns(Group<T>(view, index_), n_, n_, projected_, n_, bad_);
+  }
+
+  static V nan() { return broadcast<T>(static_cast<T>(__builtin_nan(""))); }
+
+  const Hankel& call_;
+  int64_t index_, n_;
+  Mask<T> bad_;
+  N *lambda_, *generators_, *sine_, *Lc_, *Lo_, *left_ = nullptr, *projected_ = nullptr;
+  V *cosine_, *den_, *inverse_den_, *residual_, *rest_;
+};
+
+template <class N>
+void hankel_all(const Hankel& call, int threads) {
+  using T = ScalarOf<N>;
+  const int64_t n = call.n, batch = call.Lambda.rows;
+  if (batch == 0 || n == 0) return;
+  threads = useful_threads(threads, batch * n * n * 10 * (n + call.m + call.p));
+  const int64_t room = round_up(Systems<N>::vectors(call), 64);
+  const int64_t column = sizeof(N) * Decomposition<N>::padded_rows(n) * (Systems<N>::wants_vectors(call) ? 2 : 1);
+  const Schedule schedule(n, column);
+  const Buffer<Vector<T>> rooms(threads * room);
+  parallel_for(threads, ceil_div(batch, kLanes<T>),
+               [&](int64_t index, int worker) { Systems<N>(call, index, rooms.get() + worker * room).run(schedule); });
+}
+
+}  // namespace
+
+extern const HankelKernels hankel;
+const HankelKernels hankel = {
+    [](const Hankel& call, int threads) {
+      const bool wide = call.Lambda.dtype == DType::float64;
+      if (call.is_complex)
+        wide ? hankel_all<Complex<double>>(call, threads) : hankel_all<Complex<float>>(call, threads);
+      else
+        wide ? hankel_all<Real<double>>(call, threads) : hankel_all<Real<float>>(call, threads);
+    },
+};
+
+}  // namespace kd::KD_ISA
