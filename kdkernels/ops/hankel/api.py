@@ -111,7 +111,8 @@ def hankel_singular_values(
         gives NaN, and the others are right.
 
     Gradients are computed in float64 by a closed form without 1/(σ_i² − σ_j²): right at repeated values for symmetric
-    functions, such as Σσ; a σ of 0 contributes nothing. Native is differentiable once, the reference any way.
+    functions, such as Σσ; a σ of 0 contributes nothing. Native is differentiable once, the reference any way (once,
+    with a horizon).
 
     Raises:
         TypeError: an argument is no tensor of these dtypes; in a list the message says which.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdkernels.ops.hankel.once import once
 
+FACTORS_TWICE = "factors of a finite horizon cannot be differentiated twice"
 SPLIT = 2.0**27 + 1  # Dekker's (1971): halves of a float64
 
 
@@ -78,6 +79,17 @@ def kappa(Lambda: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:
     return value, slope
 
 
+def projectors(L_c: Tensor, L_o: Tensor, U: Tensor, sigma: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """T = L_c V Σ^-1/2 and W = L_o U Σ^-1/2; columns that rounding has the better of are 0."""
+    root = torch.where(negligible(sigma), torch.inf, sigma).rsqrt().unsqueeze(-2)
+    return (L_c @ Vh.mH) * root, (L_o @ U) * root
+
+
+def negligible(sigma: Tensor) -> Tensor:
+    """σ ≤ n ε σ_1: their vectors hold rounding errors of the larger ones, and no gradient or projection needs them."""
+    return sigma <= sigma.shape[-1] * torch.finfo(torch.float64).eps * sigma[..., :1]
+
+
 def horizon_factor(Lambda: Tensor, B: Tensor, horizon: int) -> Tensor:
     """F (..., n, n) with F Fᴴ = Σ_{k<L} Λ^k BBᴴ Λ*^k, by doubling: F_2L = [F_L, Λ^L F_L], F_{L+1} = [B, Λ F_L].
 
@@ -91,7 +103,9 @@ def horizon_factor(Lambda: Tensor, B: Tensor, horizon: int) -> Tensor:
         if bit == "1":
             F = compress(torch.cat([B, Lambda.unsqueeze(-1) * F], -1))
             power = Lambda * power
-    return once(torch.nn.functional.pad(F, (0, n - F.shape[-1])), "a finite horizon can be differentiated once only")
+    return once(
+        torch.nn.functional.pad(F, (0, n - F.shape[-1])), "factors of a finite horizon cannot be differentiated twice"
+    )
 
 
 def compress(F: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _native
-from kdkernels.ops.hankel.kernel import horizon_factor, wide
+from kdkernels.ops.hankel.kernel import horizon_factor, negligible, projectors, wide
 from kdkernels.ops.svd import native
 from kdkernels.ops.svd.native import CROSSOVER, flat
 
@@ -39,12 +39,12 @@ def balance(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[
         Lambda, B, C = map(wide, (Lambda, B, C))
         sigma, T, W = Lambda.new_empty(N, n, dtype=torch.float64), B.new_empty(N, n, n), B.new_empty(N, n, n)
         run(Lambda, B, C, values=sigma, T=T, W=W)
-        return sigma, T, W
+        keep = (~negligible(sigma)).unsqueeze(-2)
+        return sigma, T.mul_(keep), W.mul_(keep)
     L_c, L_o = wide_factors(Lambda, B, C, horizon)
     U, sigma, Vh = native.svd(L_o.mH @ L_c, vectors=True)
     assert U is not None and Vh is not None
-    root = torch.where(sigma > 0, sigma, torch.inf).rsqrt().unsqueeze(-2)
-    return sigma, (L_c @ Vh.mH) * root, (L_o @ U) * root
+    return sigma, *projectors(L_c, L_o, U, sigma, Vh)
 
 
 def wide_factors(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def run(Lambda: Tensor, B: Tensor, C: Tensor, **rooms: Tensor) -> None:
     N, n, m = B.shape
     if not N or not n:
         return
-    operands = (x.contiguous().resolve_conj().resolve_neg() for x in (Lambda, B, C))
+    operands = [x.contiguous().resolve_conj().resolve_neg() for x in (Lambda, B, C)]  # alive until the call is over
     views = [_native.view(flat(x)) for x in (*operands, *(rooms.get(name) for name in ROOMS))]
     threads = torch.get_num_threads()
     _native.module().hankel(*views[:3], n, m, C.shape[-2], B.is_complex(), *views[3:], threads)

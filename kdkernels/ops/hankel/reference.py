@@ -12,7 +12,7 @@ float64 the smallest of a graded system are not. A system with a NaN, an infinit
 import torch
 from torch import Tensor
 
-from kdkernels.ops.hankel.kernel import compensated, horizon_factor, kappa, one_minus_product, wide
+from kdkernels.ops.hankel.kernel import compensated, horizon_factor, kappa, one_minus_product, projectors, wide
 from kdkernels.ops.svd import reference as decomposition
 
 
@@ -43,12 +43,6 @@ def balance(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None = None) ->
     T, W = projectors(L_c, L_o, U, sigma, Vh)
     matrix = poison[..., None, None]
     return sigma + poison[..., None], T + matrix, W + matrix
-
-
-def projectors(L_c: Tensor, L_o: Tensor, U: Tensor, sigma: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """T and W; the columns of a σ of 0 are 0."""
-    root = torch.where(sigma > 0, sigma, torch.inf).rsqrt().unsqueeze(-2)
-    return (L_c @ Vh.mH) * root, (L_o @ U) * root
 
 
 def factors(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:

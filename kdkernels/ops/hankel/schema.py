@@ -11,10 +11,7 @@ from torch import Tensor
 
 from kdkernels.ops.hankel import gradient
 
-TWICE = (
-    "hankel_singular_values' accelerated backward cannot be differentiated again; use backend='reference' for that, or "
-    "hankel_energy"
-)
+TWICE = "hankel_singular_values' accelerated backward cannot be differentiated again; use backend='reference' for that"
 NO_GRADIENT = "gramian_factors has no accelerated backward; use backend='reference' for that"
 
 

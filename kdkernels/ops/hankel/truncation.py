@@ -162,7 +162,9 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
     if not bool((sizes[..., -1] > 0).all()):
         return None
     condition = sizes[..., 0] / sizes[..., -1]
-    left, B_d = torch.linalg.solve(X, W.mH.to(X.dtype)), torch.linalg.solve(X, B_r.to(X.dtype))
+    Q, R = torch.linalg.qr(X)
+    inverse = torch.linalg.solve_triangular(R, Q.mH, upper=True)  # batched LU fails for large complex X (torch 2.13)
+    left, B_d = inverse @ W.mH.to(X.dtype), inverse @ B_r.to(X.dtype)
     lift, C_d = T.to(X.dtype) @ X, C_r.to(X.dtype) @ X
     dtype = torch.promote_types(system.B.dtype, torch.complex64) if X.is_complex() else system.B.dtype
     rounded = tuple(x.to(dtype) for x in (eigenvalues, B_d, C_d))
@@ -172,14 +174,14 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
     # what rounding may have done to A_r, B_r and C_r, element by element, and what solving did
     n = system.order
     error_A = EPS * (n + 4) * (W.abs().mT @ scaled.abs())
-    error_A = error_A + (A_r.to(X.dtype) @ X - X * eigenvalues.unsqueeze(-2)).abs() @ torch.linalg.inv(X).abs()
+    error_A = error_A + (A_r.to(X.dtype) @ X - X * eigenvalues.unsqueeze(-2)).abs() @ inverse.abs()
     error_B = EPS * (n + 4) * (W.abs().mT @ B.abs()) + (X @ B_d - B_r).abs()
     error_C = EPS * (n + r + 8) * (C.abs() @ T.abs())
-    inverse = torch.linalg.inv(X).abs()
+    magnified = inverse.abs()
     gain = 1 / (1 - torch.maximum(radius, radius_rounded))  # of |1/(z − λ)|
     out, into = C_d.norm(dim=-2) * gain, B_d.norm(dim=-1) * gain
-    moved = torch.einsum("...i,...ij,...j", out, inverse @ error_A @ X.abs(), into)
-    moved = moved + (out * (inverse @ error_B).norm(dim=-1)).sum(-1)
+    moved = torch.einsum("...i,...ij,...j", out, magnified @ error_A @ X.abs(), into)
+    moved = moved + (out * (magnified @ error_B).norm(dim=-1)).sum(-1)
     moved = moved + ((error_C @ X.abs()).norm(dim=-2) * into).sum(-1)
     wide_rounded = tuple(map(wide, rounded))
     moved = moved + _distance((eigenvalues, B_d, C_d), wide_rounded, gain)

@@ -29,9 +29,11 @@ def gramians(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eig(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """sqrt(eig(PQ)), as CompreSSM has it."""
+    """sqrt(eig(PQ)), as CompreSSM has it; with gradients one by one, as its batched backward fails (torch 2.13)."""
     P, Q = gramians(Lambda, B, C)
-    return torch.linalg.eigvals(P @ Q).abs().sqrt()
+    product = P @ Q
+    parts = product.split(1) if product.requires_grad else (product,)
+    return torch.cat([torch.linalg.eigvals(part).abs().sqrt() for part in parts])
 
 
 def by_eigh(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
