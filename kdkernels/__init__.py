@@ -2,17 +2,39 @@
 
 from kdkernels import nn
 from kdkernels.backend import explain, use_backend
+from kdkernels.ops.hankel import (
+    BalancedTruncation,
+    GramianFactors,
+    balanced_truncation,
+    era,
+    gramian_factors,
+    hankel_energy,
+    hankel_singular_values,
+    hankel_svd,
+)
 from kdkernels.ops.lora_linear import LoRA, lora_linear, lora_linear_group
 from kdkernels.ops.projection_alignment import projection_alignment_loss
+from kdkernels.ops.svd import SVD, svd, svdvals
 
 __version__ = "0.1.0"
 __all__ = [
+    "SVD",
+    "BalancedTruncation",
+    "GramianFactors",
     "LoRA",
     "__version__",
+    "balanced_truncation",
+    "era",
     "explain",
+    "gramian_factors",
+    "hankel_energy",
+    "hankel_singular_values",
+    "hankel_svd",
     "lora_linear",
     "lora_linear_group",
     "nn",
     "projection_alignment_loss",
+    "svd",
+    "svdvals",
     "use_backend",
 ]

@@ -17,6 +17,7 @@ BACKENDS = ("auto", "reference", "native", "triton")
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REAL_OR_COMPLEX = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 ANY_DTYPE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -61,6 +62,17 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("lora_linear", "triton", ("cuda",), GPU_FLOATS, ("fused",), triton_why_not),
     Implementation("lora_linear", "native", ("cpu",), FLOATS, ("fused",), _native.why_not),
     Implementation("lora_linear", "reference", (), ANY_DTYPE, ("eager",)),
+    Implementation("svd", "native", ("cpu",), REAL_OR_COMPLEX, ("jacobi", "lapack"), _native.why_not),
+    Implementation("svd", "reference", (), REAL_OR_COMPLEX, ("lapack",)),
+    Implementation("svdvals", "native", ("cpu",), REAL_OR_COMPLEX, ("jacobi", "lapack"), _native.why_not),
+    Implementation("svdvals", "reference", (), REAL_OR_COMPLEX, ("lapack",)),
+    Implementation("gramian_factors", "native", ("cpu",), REAL_OR_COMPLEX, ("generator",), _native.why_not),
+    Implementation("gramian_factors", "reference", (), REAL_OR_COMPLEX, ("generator",)),
+    Implementation(
+        "hankel_singular_values", "native", ("cpu",), REAL_OR_COMPLEX, ("jacobi", "lapack"), _native.why_not
+    ),
+    Implementation("hankel_singular_values", "reference", (), REAL_OR_COMPLEX, ("lapack",)),
+    Implementation("hankel_energy", "reference", (), REAL_OR_COMPLEX, ("trace",)),
 )
 
 _default = "auto"

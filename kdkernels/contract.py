@@ -5,31 +5,38 @@ A `Contract` names each tensor argument and spells its shape in letters, as the 
     Contract(student="... d_s", student_proj="D d_s", weights="...")
 
 `bind` gives every letter its size, and where an argument does not fit it raises an error that names the
-argument, what it was and what it must be.
+argument, what it was and what it must be. Leading dimensions spelled `...` must be the same in every argument; those
+spelled `*` broadcast. Tensors are real unless the contract lists its dtypes.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from numbers import Integral
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 LEADING = "..."
+BROADCAST = "*"
 
 
 class Contract:
-    """Named tensor arguments and their shapes, spelled in letters; `...` stands for all leading dimensions."""
+    """Named tensor arguments and their shapes, spelled in letters; `...` or `*` stands for all leading dimensions."""
 
-    def __init__(self, **shapes: str) -> None:
+    def __init__(self, dtypes: tuple[torch.dtype, ...] = (), /, **shapes: str) -> None:
+        self.dtypes = dtypes
         self.shapes = {name: tuple(spec.split()) for name, spec in shapes.items()}
 
-    def bind(self, tensors: Mapping[str, Tensor | None], same: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Return the size of each letter (and the tuple behind `...`).
+    def bind(
+        self, tensors: Mapping[str, Tensor | None], same: Mapping[str, str] | None = None, index: int | None = None
+    ) -> dict[str, Any]:
+        """Return the size of each letter (and the tuple behind `...` or `*`).
 
-        `same` says that one letter equals another (`{"d_s": "D"}` when there is no projection).
+        `same` says that one letter equals another (`{"d_s": "D"}` when there is no projection); `index` is the place
+        of these tensors in lists of arguments, which errors then name (`B[3]`).
 
-        Raises TypeError for an argument that is no floating-point tensor, ValueError for a shape or device that
-        does not fit.
+        Raises TypeError for an argument that is no tensor of a dtype that is served, ValueError for a shape or device
+        that does not fit.
         """
         sizes: dict[str, Any] = {}
         owner: dict[str, str] = {}
@@ -38,7 +45,9 @@ class Contract:
             tensor = tensors.get(name)
             if tensor is None:
                 continue
-            check_tensor(name, tensor)
+            if index is not None:
+                name = f"{name}[{index}]"
+            check_tensor(name, tensor, self.dtypes)
             if first is None:
                 first = (name, tensor.device)
             elif tensor.device != first[1]:
@@ -52,16 +61,18 @@ class Contract:
         name: str, tensor: Tensor, letters: tuple[str, ...], sizes: dict[str, Any], owner: dict[str, str]
     ) -> None:
         shape = tuple(tensor.shape)
-        named = letters[1:] if letters[:1] == (LEADING,) else letters
-        wanted = f"({', '.join(letters)})"
+        named = letters[1:] if letters[0] in (LEADING, BROADCAST) else letters
+        wanted = f"({', '.join(LEADING if letter == BROADCAST else letter for letter in letters)})"
         if len(shape) < len(named) or (named is letters and len(shape) != len(named)):
             raise ValueError(f"{name} has shape {show(shape)}, but must be {wanted}")
         split = len(shape) - len(named)
-        parts: list[tuple[str, Any]] = [(LEADING, shape[:split])] if named is not letters else []
+        parts: list[tuple[str, Any]] = [(letters[0], shape[:split])] if named is not letters else []
         parts += zip(named, shape[split:], strict=True)
         for letter, size in parts:
             if letter not in sizes:
                 sizes[letter], owner[letter] = size, name
+            elif letter == BROADCAST:
+                sizes[letter] = broadcast(sizes[letter], size, name, owner[letter])
             elif sizes[letter] != size:
                 known = show(sizes[letter]) if letter == LEADING else sizes[letter]
                 raise ValueError(
@@ -70,11 +81,27 @@ class Contract:
                 )
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a dense tensor of real floating-point numbers."""
+def broadcast(a: tuple[Any, ...], b: tuple[Any, ...], name: str, other: str) -> tuple[Any, ...]:
+    """The shape that leading dimensions have in common. Raises ValueError, naming both arguments, if there is none."""
+    length = max(len(a), len(b))
+    pairs = zip((1,) * (length - len(a)) + a, (1,) * (length - len(b)) + b, strict=True)
+    common = []
+    for x, y in pairs:
+        if x != y and x != 1 and y != 1:
+            raise ValueError(
+                f"{name} has leading dimensions {show(b)}, but they must broadcast with {show(a)}, as in {other}"
+            )
+        common.append(y if x == 1 else x)
+    return tuple(common)
+
+
+def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    """Raise TypeError unless `value` is a dense tensor of one of `dtypes`; without them, of real floating point."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, but must be a torch.Tensor")
-    if not value.is_floating_point():
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {value.dtype}, but must have one of {', '.join(map(str, dtypes))}")
+    if not dtypes and not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}, but must be a floating-point tensor")
     if value.is_nested:
         raise TypeError(f"{name} is a nested tensor, but must be dense: pad it first")
@@ -86,6 +113,17 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """An integer, NumPy's included, that is no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 1."""
+    if not (is_whole(value) and value >= 1):
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
 
 
 def show(shape: tuple[Any, ...]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import RED, print_table
-from kdkernels.testing import SUITES, suite
+from kdkernels.testing import SUITES, workloads
 from kdkernels.testing.compare import Deviation, poisoned_memory
 from kdkernels.testing.memory import peak_extra_bytes
 from kdkernels.testing.rates import Rates, measure_rates
@@ -70,14 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     seconds = arguments.seconds if arguments.seconds is not None else (0.3 if arguments.quick else 30.0)
-    workloads = [
+    cases = [
         workload
         for op in arguments.op or SUITES
-        for workload in suite(op).workloads(arguments.quick)
+        for workload in workloads(op, arguments.quick)
         if fnmatch(workload.name, arguments.case)
     ]
-    if not workloads:
-        names = "\n  ".join(w.name for op in arguments.op or SUITES for w in suite(op).workloads(arguments.quick))
+    if not cases:
+        names = "\n  ".join(w.name for op in arguments.op or SUITES for w in workloads(op, arguments.quick))
         print(f"no case matches {arguments.case!r}; the cases are\n  {names}", file=sys.stderr)
         return 2
     rates = measure_rates(arguments.device, (torch.float32, torch.bfloat16), quick=arguments.quick)
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if (load := os.getloadavg()[0]) > 0.5 and arguments.device == "cpu":
         print(f"something else is running here (load {load:.1f}): times will be off", file=sys.stderr)
     rows: list[Row] = []
-    for workload in workloads:
+    for workload in cases:
         print(f"{workload.name} ...", file=sys.stderr, flush=True)
         rows += measure(workload, rates, arguments.device, seconds, memory)
     report = {"machine": machine(), "device": arguments.device, "quick": arguments.quick, "rates": asdict(rates)}

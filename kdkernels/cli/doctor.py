@@ -16,7 +16,7 @@ import torch
 from kdkernels import _native, backend
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import print_table
-from kdkernels.testing import SUITES, suite
+from kdkernels.testing import SUITES, checks
 from kdkernels.testing.compare import Deviation
 
 DEVICES = ("cpu", "cuda")
@@ -79,7 +79,8 @@ def backends() -> list[dict[str, Any]]:
             if device == "cuda" and not torch.cuda.is_available():
                 rows.append({"op": op, "device": device, "dtype": "any", "backend": None, "why": "no CUDA device"})
                 continue
-            for dtype in backend.ANY_DTYPE:
+            served = {dtype for row in backend.TABLE if row.op == op for dtype in row.dtypes}
+            for dtype in sorted(served, key=str):
                 rows.append({"op": op, "device": device, "dtype": str(dtype).removeprefix("torch.")})
                 chosen = backend.choose(op, "auto", device, [dtype])
                 reasons = backend.passed_over(op, chosen, device, [dtype])
@@ -90,15 +91,15 @@ def backends() -> list[dict[str, Any]]:
 
 def self_check() -> list[dict[str, Any]]:
     """The first of `validate`'s cases on every backend, method and device that is available, in float32."""
-    checks: dict[tuple[str, str, str, str], list[Any]] = {}
+    picked: dict[tuple[str, str, str, str], list[Any]] = {}
     for op in SUITES:
-        for check in suite(op).checks(quick=True):
+        for check in checks(op, quick=True):
             if check.dtype is torch.float32:
-                found = checks.setdefault((check.op, check.backend, check.method, check.device), [])
+                found = picked.setdefault((check.op, check.backend, check.method, check.device), [])
                 if not found or check.variant not in {c.variant for c in found}:
                     found.append(check)
     rows = []
-    for (op, backend_name, method, device), found in checks.items():
+    for (op, backend_name, method, device), found in picked.items():
         result = attempt(partial(worst, found))
         where = {"op": op, "backend": backend_name, "method": method, "device": device}
         if failed(result):
@@ -108,9 +109,9 @@ def self_check() -> list[dict[str, Any]]:
     return rows
 
 
-def worst(checks: list[Any]) -> Deviation:
+def worst(found: list[Any]) -> Deviation:
     """The tensor that takes most of its budget."""
-    return max((d for check in checks for d in check.run()), key=lambda d: (not d.ok, d.used))
+    return max((d for check in found for d in check.run()), key=lambda d: (not d.ok, d.used))
 
 
 def show(report: dict[str, Any]) -> None:

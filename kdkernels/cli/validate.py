@@ -13,7 +13,7 @@ from typing import Any
 from kdkernels.backend import BACKENDS, TABLE
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import DIM, RED, print_table
-from kdkernels.testing import SUITES, suite
+from kdkernels.testing import SUITES, checks, suite
 from kdkernels.testing.compare import Deviation, poisoned_memory
 
 COLUMNS = ("op", "backend", "method", "device", "dtype", "variant", "cases", "worst", "error", "budget", "")
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 def validate(op: str, backend: str | None, quick: bool, exitfirst: bool) -> list[Result]:
     """Run the checks of one operator; a check that raises has failed, the others still run."""
     results = []
-    for check in suite(op).checks(quick):
+    for check in checks(op, quick):
         if backend not in (None, check.backend):
             continue
         deviations, failure = (), None

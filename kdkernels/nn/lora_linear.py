@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter, init
 
 from kdkernels.backend import ANY_DTYPE, BACKENDS
-from kdkernels.contract import check_choice
-from kdkernels.nn.arguments import check_count
+from kdkernels.contract import check_choice, check_count
 from kdkernels.ops.lora_linear import lora_linear
 from kdkernels.ops.lora_linear.reference import accumulation_dtype
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backend import BACKENDS
-from kdkernels.contract import check_choice, check_tensor, show
-from kdkernels.nn.arguments import check_count, is_whole
+from kdkernels.contract import check_choice, check_count, check_tensor, is_whole, show
 from kdkernels.ops.projection_alignment import projection_alignment_loss
 from kdkernels.ops.projection_alignment.method import METHODS
 from kdkernels.ops.projection_alignment.reference import METRICS

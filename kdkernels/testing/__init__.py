@@ -1,17 +1,35 @@
 """What tests, benchmarks and `python -m kdkernels validate` share. Nothing here is imported by the operators.
 
-Each operator has a folder with `checks(quick)`, which `validate` runs, and `workloads(quick)`, which `bench` times.
+Each family of operators has a folder with `checks(quick)`, which `validate` runs, and `workloads(quick)`, which `bench`
+times; each check and workload says which operator it is of.
 """
 
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 SUITES = {
     "projection_alignment_loss": "kdkernels.testing.projection_alignment",
     "lora_linear": "kdkernels.testing.lora_linear",
+    "svd": "kdkernels.testing.svd",
+    "svdvals": "kdkernels.testing.svd",
+    "gramian_factors": "kdkernels.testing.hankel",
+    "hankel_singular_values": "kdkernels.testing.hankel",
+    "hankel_energy": "kdkernels.testing.hankel",
 }
 
 
 def suite(op: str) -> ModuleType:
     """The folder that checks and measures `op`."""
     return import_module(SUITES[op])
+
+
+def checks(op: str, quick: bool = False) -> Iterator[Any]:
+    """What `validate` runs for `op`."""
+    return (check for check in suite(op).checks(quick) if check.op == op)
+
+
+def workloads(op: str, quick: bool = False) -> list[Any]:
+    """What `bench` times for `op`."""
+    return [workload for workload in suite(op).workloads(quick) if workload.op == op]

@@ -65,13 +65,19 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     """‖x − exact‖ / ‖exact‖, absolute where exact is 0; infinite when the shape or the place of a NaN differs."""
     if x.shape != exact.shape:
         return float("inf")
-    x, exact = x.detach().to("cpu", torch.float64), exact.detach().to("cpu", torch.float64)
+    x, exact = as_real(x), as_real(exact)
     finite = exact.isfinite()
     if not torch.equal(x.isfinite(), finite):
         return float("inf")
     x, exact = x[finite], exact[finite]
     norm = exact.norm().item()
     return (x - exact).norm().item() / (norm or 1.0)
+
+
+def as_real(x: Tensor) -> Tensor:
+    """On the CPU in float64; a complex number is two."""
+    x = x.detach().cpu()
+    return torch.view_as_real(x.resolve_conj()).to(torch.float64) if x.is_complex() else x.to(torch.float64)
 
 
 def errors(outcome: Outcome, exact: Outcome) -> dict[str, float]:

@@ -1,0 +1,238 @@
+"""`gramian_factors`, `hankel_singular_values` and `hankel_energy`: checks and the choice of implementation."""
+
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels import backend as backends
+from kdkernels.contract import check_count
+from kdkernels.ops.hankel import reference, schema
+from kdkernels.ops.hankel.systems import Operand, Systems, check
+
+
+class GramianFactors(NamedTuple):
+    """P = L_c L_cᴴ and Q = L_o L_oᴴ, column k that of the k-th pivot, and how much of each trace is left after k."""
+
+    controllability: Tensor  # L_c (..., n, n)
+    observability: Tensor  # L_o (..., n, n)
+    controllability_residual: Tensor  # (..., n + 1): trace(P) − ‖first k columns‖²
+    observability_residual: Tensor  # (..., n + 1)
+
+    def ranks(self, tolerance: float) -> tuple[Tensor, Tensor]:
+        """How many columns leave at most `tolerance` of each trace: two of (...), int64.
+
+        The residuals are sums of pivots, all at least 0, so the ranks are certified, not estimated.
+
+        Raises:
+            TypeError, ValueError: tolerance is no number of at least 0.
+        """
+        check_tolerance(tolerance)
+        residuals = (self.controllability_residual, self.observability_residual)
+        return tuple((r > tolerance * r[..., :1]).sum(-1) for r in residuals)  # type: ignore[return-value]
+
+
+def check_tolerance(value: object) -> None:
+    """Raise unless `value` is a number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"tolerance is {type(value).__name__}, but must be a number")
+    if not value >= 0:
+        raise ValueError(f"tolerance is {value}, but must be at least 0")
+
+
+def gramian_factors(Lambda: Operand, B: Operand, C: Operand, *, backend: str = "auto") -> Any:
+    """Factors of the Gramians of h⁺ = Λh + Bu, y = Ch, without forming the Gramians.
+
+    A pivoted Cholesky factorisation of the generator: with |λ| near 1, equal or crowded λ, and Gramians whose
+    eigenvalues span more decades than the dtype has digits, it neither fails nor needs jitter, and the trace that the
+    first k columns leave unexplained is known exactly.
+
+    Args:
+        Lambda: (..., n), real or complex, float32 or float64, |λ| < 1.
+        B: (..., n, m).
+        C: (..., p, n). Leading dimensions broadcast, dtypes are promoted to a common one. Or each a list of such
+            tensors, systems of different sizes.
+        backend: `"auto"`, `"reference"` or `"native"` (CPU). One that was asked for by name and cannot serve raises.
+
+    Returns:
+        `GramianFactors`, for lists a list of them. Differentiable on the reference only.
+
+    A system with a NaN or an infinity gives NaN, and the others are right.
+
+    Raises:
+        TypeError: an argument is no tensor of these dtypes; in a list the message says which.
+        ValueError: shapes or devices do not fit, or some |λ| ≥ 1. (On CUDA and in compiled code |λ| ≥ 1 gives NaN: to
+            raise would need the device to be waited for.)
+    """
+    systems = check(Lambda, B, C)
+    chosen = _choose("gramian_factors", backend, systems)
+
+    def compute(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+        if chosen.backend == "reference":
+            return reference.gramian_factors(Lambda, B, C)
+        return schema.gramian_factors(Lambda, B, C, chosen.backend)
+
+    found = systems.each(compute, (_square, _square, _residual, _residual))
+    results = found if systems.is_list else [found]
+    _refuse_unstable(systems, [x for result in results for x in result[2:]])
+    named = [GramianFactors(*result) for result in results]
+    return named if systems.is_list else named[0]
+
+
+def hankel_singular_values(
+    Lambda: Operand,
+    B: Operand,
+    C: Operand,
+    *,
+    horizon: int | None = None,
+    real_output: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """The Hankel singular values σ = sqrt(eig(PQ)) of h⁺ = Λh + Bu, y = Ch, descending.
+
+    P and Q are its Gramians. They are not formed: σ are the singular values of L_oᴴ L_c, with the factors of
+    `gramian_factors`. Up to about a hundred states native gets every σ right in float32, the smallest too, where
+    eig(PQ) has half the digits and returns NaN; above, and on the reference, those above 1e-13 of the largest.
+
+    Args:
+        Lambda: (..., n), real or complex, float32 or float64.
+        B: (..., n, m).
+        C: (..., p, n). Leading dimensions broadcast, dtypes are promoted to a common one. Or each a list of such
+            tensors, systems of different sizes, which run together.
+        horizon: count L steps only: P = Σ_{k<L} Λ^k BBᴴ Λ*^k, Q likewise. None: all of them, for which |λ| < 1.
+            With a horizon any λ is served.
+        real_output: the output is Re(Ch): the values of the real system of order 2n, (Λ, B, C/2) beside its conjugate.
+        backend: `"auto"`, `"reference"` or `"native"` (CPU). One that was asked for by name and cannot serve raises.
+
+    Returns:
+        (..., n), or (..., 2n) for `real_output`, real; for lists a list of them. A system with a NaN or an infinity
+        gives NaN, and the others are right.
+
+    Gradients are computed in float64 by a closed form without 1/(σ_i² − σ_j²): right at repeated values for symmetric
+    functions, such as Σσ; a σ of 0 contributes nothing. Native is differentiable once, the reference any way (once,
+    with a horizon).
+
+    Raises:
+        TypeError: an argument is no tensor of these dtypes; in a list the message says which.
+        ValueError: shapes, devices or options do not fit, or some |λ| ≥ 1 without a horizon. (On CUDA and in compiled
+            code |λ| ≥ 1 gives NaN: to raise would need the device to be waited for.)
+    """
+    systems, horizon = _systems(Lambda, B, C, horizon, real_output)
+    chosen = _choose("hankel_singular_values", backend, systems)
+
+    def compute(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        if chosen.backend == "reference":
+            return reference.hankel_singular_values(Lambda, B, C, horizon)
+        vectors = torch.is_grad_enabled() and any(x.requires_grad for x in (Lambda, B, C))
+        return schema.hankel_singular_values(Lambda, B, C, horizon or 0, vectors, chosen.backend)[0]
+
+    sigma = systems.each(compute, (lambda x, n: x[..., :n],))
+    if horizon is None:
+        _refuse_unstable(systems, sigma if systems.is_list else [sigma])
+    return sigma
+
+
+def hankel_energy(
+    Lambda: Operand,
+    B: Operand,
+    C: Operand,
+    *,
+    horizon: int | None = None,
+    real_output: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Σσ² = tr(PQ), the sum of the squared Hankel singular values, without a decomposition.
+
+    Costs O(n²(m + p)) and is differentiable any way. Arguments and errors as in `hankel_singular_values`.
+
+    Returns:
+        (...), real; for lists a list of them.
+    """
+    systems, horizon = _systems(Lambda, B, C, horizon, real_output)
+    _choose("hankel_energy", backend, systems)
+    energy = systems.each(lambda Lambda, B, C: reference.hankel_energy(Lambda, B, C, horizon))
+    if horizon is None:
+        _refuse_unstable(systems, energy if systems.is_list else [energy])
+    return energy
+
+
+def _systems(
+    Lambda: Operand, B: Operand, C: Operand, horizon: int | None, real_output: bool
+) -> tuple[Systems, int | None]:
+    if horizon is not None:
+        check_count("horizon", horizon)
+    if not isinstance(real_output, bool):
+        raise TypeError(f"real_output is {type(real_output).__name__}, but must be a bool")
+    systems = check(Lambda, B, C)
+    if real_output:
+        systems = Systems([member.doubled() for member in systems.members], systems.is_list)
+    return systems, None if horizon is None else int(horizon)
+
+
+def _square(x: Tensor, n: int) -> Tensor:
+    return x[..., :n, :n]
+
+
+def _residual(x: Tensor, n: int) -> Tensor:
+    return x[..., : n + 1]
+
+
+def _choose(op: str, backend: str, systems: Systems) -> backends.Implementation:
+    tensors = [member.B for member in systems.members]
+    device = tensors[0].device.type if tensors else "cpu"
+    return backends.choose(op, backend, device, {x.dtype for x in tensors} or {torch.float32})
+
+
+def _refuse_unstable(systems: Systems, results: list[Tensor]) -> None:
+    """Unstable systems give NaN: only then are they looked for, and only where that makes nobody wait."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return
+    if any(x.device.type == "cpu" and bool(x.detach().isnan().any()) for x in results):
+        systems.refuse_unstable()
+
+
+def _explain(
+    op: str,
+    Lambda: Operand,
+    B: Operand,
+    C: Operand,
+    *,
+    horizon: int | None = None,
+    real_output: bool = False,
+    backend: str = "auto",
+) -> backends.Explanation:
+    from kdkernels.ops.svd.native import CROSSOVER
+
+    systems, _ = _systems(Lambda, B, C, horizon, real_output)
+    chosen = _choose(op, backend, systems)
+    flops = dict.fromkeys(("generator", "jacobi", "lapack", "trace"), 0)
+    moved, largest = 0, 0
+    for member in systems.members:
+        N, n, m, p = prod(member.leading), member.order, member.B.shape[-1], member.C.shape[-2]
+        real = N * (4 if member.B.is_complex() else 1)
+        generator = real * 6 * n * n * (min(m, n) + min(p, n))  # of both factors
+        flops["generator"] += generator
+        flops["jacobi"] += generator + real * (2 * n**3 + n**3 + 6 * 6 * n**3)  # M, its QR, six sweeps
+        flops["lapack"] += generator + real * (2 * n**3 + 3 * n**3)
+        flops["trace"] += real * 2 * n * n * (m + p + 3)
+        moved += N * member.B.element_size() * n * (2 + m + p)
+        largest = max(largest, n)
+    above = f"it serves up to {CROSSOVER} states" if largest > CROSSOVER else None
+    costs = tuple(
+        backends.Cost(name, flops[name], moved, above if name == "jacobi" else None)
+        for name in dict.fromkeys(m for row in backends.TABLE if row.op == op for m in row.methods)
+    )
+    method = next(m for m in chosen.methods if not (m == "jacobi" and above))
+    member = systems.members[0]
+    reasons = backends.passed_over(op, chosen, member.B.device.type, (member.B.dtype,))
+    return backends.Explanation(op, chosen.backend, method, reasons, costs)
+
+
+_explainers: dict[str, Any] = {
+    op: partial(_explain, op) for op in ("gramian_factors", "hankel_singular_values", "hankel_energy")
+}
+backends.EXPLAINERS.update(_explainers)

@@ -1,0 +1,47 @@
+"""The gradient of functions of Hankel singular values, without 1/(σ_i² − σ_j²).
+
+With g = ∂f/∂σ, G = ½ W diag(g) Wᴴ and H = ½ T diag(g) Tᴴ are the gradients of the Gramians P and Q, and
+
+    ∂B = 2 (G ∘ κ*) B,    ∂C = 2 C (H ∘ κ),    ∂λ = 2 [κ'* ∘ (G ∘ (BBᴴ)* + H* ∘ CᴴC)] λ
+
+in torch's convention for complex gradients, κ at z_ij = λ_i λ_j*. (For κ = 1/(1 − z) the last is 2 diag(ĜΛP + QΛĤ).)
+Symmetric functions have it at repeated values too; a σ of 0 contributes nothing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops.hankel.kernel import kappa, wide
+
+
+def backward(
+    grad: Tensor,
+    Lambda: Tensor,
+    B: Tensor,
+    C: Tensor,
+    T: Tensor,
+    W: Tensor,
+    horizon: int | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of Lambda (N, n), B (N, n, m) and C (N, p, n) that are needed, in their dtype."""
+    dtype = B.dtype
+    Lambda, B, C, g = wide(Lambda), wide(B), wide(C), grad.to(torch.float64).unsqueeze(-2)
+    value, slope = kappa(Lambda, horizon)
+    need_Lambda, need_B, need_C = needs
+    G = 0.5 * (W * g) @ W.mH if need_Lambda or need_B else None
+    H = 0.5 * (T * g) @ T.mH if need_Lambda or need_C else None
+    found: list[Tensor | None] = [None, None, None]
+    if need_Lambda:
+        assert G is not None and H is not None
+        inner = G * (B @ B.mH).conj() + H.conj() * (C.mH @ C)
+        found[0] = 2 * ((slope.conj() * inner) @ Lambda.unsqueeze(-1)).squeeze(-1)
+    if need_B:
+        assert G is not None
+        found[1] = 2 * (G * value.conj()) @ B
+    if need_C:
+        assert H is not None
+        found[2] = 2 * C @ (H * value)
+    return [None if x is None else x.to(dtype) for x in found]

@@ -1,0 +1,71 @@
+"""Gramian factors and Hankel singular values in C++ on the CPU; above a crossover their decomposition is LAPACK's.
+
+The kernels are in csrc/cpu/hankel.cpp, their formulas in csrc/include/kdkernels/hankel.h.
+"""
+
+import torch
+from torch import Tensor
+
+from kdkernels import _native
+from kdkernels.ops.hankel.kernel import horizon_factor, negligible, projectors, wide
+from kdkernels.ops.svd import native
+from kdkernels.ops.svd.native import CROSSOVER, flat
+
+
+def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(N, n), (N, n, m), (N, p, n) -> L_c, L_o (N, n, n) and the residuals of their traces (N, n + 1)."""
+    N, n = Lambda.shape
+    L_c, L_o = (B.new_zeros(N, n, n) for _ in range(2))
+    residual_c, residual_o = (B.new_zeros(N, n + 1, dtype=B.real.dtype) for _ in range(2))
+    run(Lambda, B, C, factor_c=L_c, factor_o=L_o, residual_c=residual_c, residual_o=residual_o)
+    return L_c, L_o, residual_c, residual_o
+
+
+def values(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> Tensor:
+    """σ (N, n), computed in the dtype of the systems up to the crossover, in float64 above."""
+    N, n = Lambda.shape
+    if n <= CROSSOVER and horizon is None:
+        sigma = B.new_empty(N, n, dtype=B.real.dtype)
+        run(Lambda, B, C, values=sigma)
+        return sigma
+    L_c, L_o = wide_factors(Lambda, B, C, horizon)
+    return native.svd(L_o.mH @ L_c, vectors=False)[1].to(B.real.dtype)
+
+
+def balance(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """σ (N, n), T and W (N, n, n), in float64 whatever the dtype of the systems: T and W of a small σ need it."""
+    N, n = Lambda.shape
+    if n <= CROSSOVER and horizon is None:
+        Lambda, B, C = map(wide, (Lambda, B, C))
+        sigma, T, W = Lambda.new_empty(N, n, dtype=torch.float64), B.new_empty(N, n, n), B.new_empty(N, n, n)
+        run(Lambda, B, C, values=sigma, T=T, W=W)
+        keep = (~negligible(sigma)).unsqueeze(-2)
+        return sigma, T.mul_(keep), W.mul_(keep)
+    L_c, L_o = wide_factors(Lambda, B, C, horizon)
+    U, sigma, Vh = native.svd(L_o.mH @ L_c, vectors=True)
+    assert U is not None and Vh is not None
+    return sigma, *projectors(L_c, L_o, U, sigma, Vh)
+
+
+def wide_factors(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:
+    """L_c and L_o in float64."""
+    Lambda, B, C = map(wide, (Lambda, B, C))
+    if horizon is not None:
+        return horizon_factor(Lambda, B, horizon), horizon_factor(Lambda.conj(), C.mH, horizon)
+    L_c, L_o = (B.new_empty(*Lambda.shape, Lambda.shape[-1]) for _ in range(2))
+    run(Lambda, B, C, factor_c=L_c, factor_o=L_o)
+    return L_c, L_o
+
+
+ROOMS = ("factor_c", "factor_o", "residual_c", "residual_o", "values", "T", "W")
+
+
+def run(Lambda: Tensor, B: Tensor, C: Tensor, **rooms: Tensor) -> None:
+    """Fill the rooms that are given."""
+    N, n, m = B.shape
+    if not N or not n:
+        return
+    operands = [x.contiguous().resolve_conj().resolve_neg() for x in (Lambda, B, C)]  # alive until the call is over
+    views = [_native.view(flat(x)) for x in (*operands, *(rooms.get(name) for name in ROOMS))]
+    threads = torch.get_num_threads()
+    _native.module().hankel(*views[:3], n, m, C.shape[-2], B.is_complex(), *views[3:], threads)

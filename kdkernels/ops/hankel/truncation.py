@@ -1,0 +1,218 @@
+"""Balanced truncation of diagonal state-space models, with a certificate.
+
+With WᴴT = I and T, W diagonalising both Gramians, the first r columns project: A_r = W_rᴴ Λ T_r, B_r = W_rᴴ B,
+C_r = C T_r (Moore 1981; the square-root form, no n × n inverse), and A_r = X Λ_r X⁻¹ makes it diagonal again. The
+frequency response is then off by at most 2 Σ_{k>r} σ_k (Al-Saggaf and Franklin 1987, for discrete time).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.contract import check_count
+from kdkernels.ops.hankel import reference
+from kdkernels.ops.hankel.api import _choose, check_tolerance
+from kdkernels.ops.hankel.kernel import wide
+from kdkernels.ops.hankel.systems import Operand, System, Systems, check
+
+KEEP = 0.95  # a reduction by less than this share is not worth its change of basis (CompreSSM)
+EPS = torch.finfo(torch.float64).eps
+SIGMA_ERROR = 1e-9  # relative, of the Hankel singular values in float64
+
+
+@dataclass(frozen=True)
+class BalancedTruncation:
+    """A reduced diagonal system, what it was made of, and how far off its frequency response may be."""
+
+    Lambda: Tensor  # (..., r)
+    B: Tensor  # (..., r, m)
+    C: Tensor  # (..., p, r)
+    singular_values: Tensor  # (..., n) of the system given, float64
+    error_bound: Tensor  # (...): no |z| = 1 has a larger ‖G(z) − G_r(z)‖, rounding included, float64
+    condition: Tensor  # (...) of the eigenvectors X, their columns scaled to 1; 1 where nothing was reduced, float64
+    rank: int  # r
+    projection: Tensor  # X⁻¹ W_rᴴ (..., r, n): old states to new
+    lift: Tensor  # T_r X (..., n, r): new states to old
+
+    @property
+    def reduced(self) -> bool:
+        """Whether any state was taken away."""
+        return self.rank < self.singular_values.shape[-1]
+
+    def transport(self, x: Tensor) -> Tensor:
+        """Vectors of the state space in the new basis: (..., n, k) -> (..., r, k), X⁻¹ W_rᴴ x.
+
+        So move states (k of them beside each other) and B.
+        """
+        return self.projection @ x.to(self.projection.dtype)
+
+    def transport_dual(self, x: Tensor) -> Tensor:
+        """Functionals on the state space in the new basis: (..., k, n) -> (..., k, r), x T_r X.
+
+        So move C, and gradients with respect to states: with torch's convention the gradient of B, and an optimiser's
+        first moment of it, moves as `transport_dual(x.mH).mH`, that of C as `transport(x.mH).mH`. Second moments and
+        everything of Lambda do not move linearly: reset those.
+        """
+        return x.to(self.lift.dtype) @ self.lift
+
+
+def balanced_truncation(
+    Lambda: Operand,
+    B: Operand,
+    C: Operand,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+) -> Any:
+    """The diagonal system of lower order r that keeps the largest Hankel singular values of h⁺ = Λh + Bu, y = Ch.
+
+    Everything is computed in float64, without gradients.
+
+    Args:
+        Lambda: (..., n), real or complex, float32 or float64, |λ| < 1.
+        B: (..., n, m).
+        C: (..., p, n). Leading dimensions broadcast. Or each a list of such tensors, systems of different sizes.
+        rank: r, exactly; at least 1 and at most n.
+        tolerance: τ ≥ 0: the smallest r whose Σ_{k≤r} σ_k / Σσ_k ≥ 1 − τ, and nothing is reduced unless r < 0.95 n
+            (CompreSSM, arXiv 2510.02823). Systems in leading dimensions get one rank, the largest that any of them
+            needs; the systems of a list get each their own.
+
+    Returns:
+        `BalancedTruncation`, for lists a list of them. Lambda, B and C are in the dtype given, but complex where a real
+        system's eigenvalues are.
+
+        Where a reduced system would not be stable in that dtype, or cannot be made diagonal, the next greater rank is
+        taken, and at last the system as it was: `rank` says which. The error bound is that of what is returned.
+
+    Raises:
+        TypeError: an argument is no tensor of these dtypes; in a list the message says which.
+        ValueError: shapes, devices or options do not fit, a system is not finite, or some |λ| ≥ 1.
+    """
+    if (rank is None) == (tolerance is None):
+        raise ValueError("rank and tolerance: exactly one of them must be given")
+    systems = check(Lambda, B, C)
+    if rank is not None:
+        check_count("rank", rank)
+        for i, member in enumerate(systems.members):
+            if rank > member.order:
+                which = f"Lambda[{i}]" if systems.is_list else "Lambda"
+                raise ValueError(f"rank is {rank}, but must be at most n = {member.order}, as in {which}")
+    else:
+        check_tolerance(tolerance)
+    with torch.no_grad():
+        found = [_truncate(systems, i, rank, tolerance) for i in range(len(systems.members))]
+    return found if systems.is_list else found[0]
+
+
+def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | None) -> BalancedTruncation:
+    system = systems.members[i]
+    for name, x in (("Lambda", system.Lambda), ("B", system.B), ("C", system.C)):
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{name}{f'[{i}]' if systems.is_list else ''} is not finite")
+    sigma, T, W = _balance(system)
+    if bool(sigma.isnan().any()):
+        systems.refuse_unstable()
+    n = system.order
+    if rank is None:
+        assert tolerance is not None
+        rank = _needed(sigma, tolerance)
+        rank = rank if rank < KEEP * n else n
+    for r in range(rank, n):
+        reduced = _reduce(system, sigma, T, W, r)
+        if reduced is not None:
+            return reduced
+    return _untruncated(system, sigma)
+
+
+def _balance(system: System) -> tuple[Tensor, Tensor, Tensor]:
+    """σ, T and W in float64, with the system's leading dimensions."""
+    flat = system.flat()
+    Lambda, B, C = (wide(x) for x in (flat.Lambda, flat.B, flat.C))
+    chosen = _choose("hankel_singular_values", "auto", Systems([system], False))
+    if chosen.backend == "reference":
+        found = reference.balance(Lambda, B, C)
+    else:
+        from kdkernels.ops.hankel import schema
+
+        found = schema.hankel_singular_values(Lambda, B, C, 0, True, chosen.backend)
+    return tuple(x.reshape(*system.leading, *x.shape[1:]) for x in found)  # type: ignore[return-value]
+
+
+def _needed(sigma: Tensor, tolerance: float) -> int:
+    """The largest of the systems' ranks."""
+    total = sigma.sum(-1, keepdim=True)
+    short = sigma.cumsum(-1) < (1 - tolerance) * total
+    # the last sum is the total but for its rounding
+    ranks = (short[..., :-1].sum(-1) + 1) if sigma.shape[-1] else short.sum(-1)
+    return int(ranks.max()) if ranks.numel() else 0
+
+
+def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> BalancedTruncation | None:
+    """The system of order r, or None where it is not stable or not diagonal."""
+    Lambda, B, C = map(wide, (system.Lambda, system.B, system.C))
+    T, W = T[..., :r], W[..., :r]
+    scaled = Lambda.unsqueeze(-1) * T
+    A_r, B_r, C_r = W.mH @ scaled, W.mH @ B, C @ T
+    eigenvalues, X = torch.linalg.eig(A_r)
+    if not A_r.is_complex() and not bool(eigenvalues.imag.any()):
+        eigenvalues, X = eigenvalues.real, X.real
+    sizes = torch.linalg.svdvals(X)
+    if not bool((sizes[..., -1] > 0).all()):
+        return None
+    condition = sizes[..., 0] / sizes[..., -1]
+    Q, R = torch.linalg.qr(X)
+    inverse = torch.linalg.solve_triangular(R, Q.mH, upper=True)  # batched LU fails for large complex X (torch 2.13)
+    left, B_d = inverse @ W.mH.to(X.dtype), inverse @ B_r.to(X.dtype)
+    lift, C_d = T.to(X.dtype) @ X, C_r.to(X.dtype) @ X
+    dtype = torch.promote_types(system.B.dtype, torch.complex64) if X.is_complex() else system.B.dtype
+    rounded = tuple(x.to(dtype) for x in (eigenvalues, B_d, C_d))
+    radius, radius_rounded = eigenvalues.abs(), wide(rounded[0]).abs()
+    if not bool((radius < 1).all() and (radius_rounded < 1).all() and condition.isfinite().all()):
+        return None
+    # what rounding may have done to A_r, B_r and C_r, element by element, and what solving did
+    n = system.order
+    error_A = EPS * (n + 4) * (W.abs().mT @ scaled.abs())
+    error_A = error_A + (A_r.to(X.dtype) @ X - X * eigenvalues.unsqueeze(-2)).abs() @ inverse.abs()
+    error_B = EPS * (n + 4) * (W.abs().mT @ B.abs()) + (X @ B_d - B_r).abs()
+    error_C = EPS * (n + r + 8) * (C.abs() @ T.abs())
+    magnified = inverse.abs()
+    gain = 1 / (1 - torch.maximum(radius, radius_rounded))  # of |1/(z − λ)|
+    out, into = C_d.norm(dim=-2) * gain, B_d.norm(dim=-1) * gain
+    moved = torch.einsum("...i,...ij,...j", out, magnified @ error_A @ X.abs(), into)
+    moved = moved + (out * (magnified @ error_B).norm(dim=-1)).sum(-1)
+    moved = moved + ((error_C @ X.abs()).norm(dim=-2) * into).sum(-1)
+    wide_rounded = tuple(map(wide, rounded))
+    moved = moved + _distance((eigenvalues, B_d, C_d), wide_rounded, gain)
+    tail = (1 + SIGMA_ERROR) * 2 * sigma[..., r:].sum(-1) + 2 * n * EPS * sigma[..., :1].sum(-1) * (n - r)
+    return BalancedTruncation(
+        rounded[0],
+        rounded[1],
+        rounded[2],
+        singular_values=sigma,
+        error_bound=tail + 2 * moved,
+        condition=condition,
+        rank=r,
+        projection=left,
+        lift=lift,
+    )
+
+
+def _distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...], gain: Tensor) -> Tensor:
+    """A bound of ‖G_a(z) − G_b(z)‖ on |z| = 1, mode by mode: ‖c b‖/|z − λ| of two neighbours."""
+    (pole, B, C), (pole_b, B_b, C_b) = a, b
+    change_B, change_C = (B - B_b).norm(dim=-1), (C - C_b).norm(dim=-2)
+    size_B, size_C = B.norm(dim=-1), C_b.norm(dim=-2)
+    modes = change_C * size_B + size_C * change_B + C.norm(dim=-2) * size_B * (pole - pole_b).abs() * gain
+    return (modes * gain).sum(-1)
+
+
+def _untruncated(system: System, sigma: Tensor) -> BalancedTruncation:
+    n = system.order
+    ones = torch.ones(system.leading, dtype=torch.float64, device=sigma.device)
+    eye = torch.eye(n, dtype=wide(system.B).dtype, device=sigma.device).expand(*system.leading, n, n)
+    return BalancedTruncation(
+        system.Lambda, system.B, system.C, singular_values=sigma, error_bound=0 * ones, condition=ones, rank=n,
+        projection=eye, lift=eye,
+    )  # fmt: skip

@@ -1,0 +1,49 @@
+"""Small matrices in C++ on the CPU, each in a SIMD lane; larger ones by LAPACK, in parallel over the batch.
+
+The kernels are in csrc/cpu/svd.cpp, their formulas in csrc/include/kdkernels/svd.h.
+"""
+
+import torch
+from torch import Tensor
+
+from kdkernels import _native
+from kdkernels.ops.svd import lapack
+
+CROSSOVER = 100  # the largest number of columns that Jacobi serves, as measured
+
+
+def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """(N, rows, cols) -> U, S, Vh, contiguous; U and Vh are None without `vectors`."""
+    matrix = matrix.detach()
+    wide = matrix.shape[-2] < matrix.shape[-1]
+    tall = matrix.mH if wide else matrix
+    N, rows, cols = tall.shape
+    if cols > CROSSOVER:
+        if not vectors:
+            return None, lapack.svdvals(tall), None
+        U, S, Vh = lapack.svd(matrix)
+        return U.contiguous(), S, Vh.contiguous()
+    values = matrix.new_empty(N, cols, dtype=matrix.real.dtype)
+    left = matrix.new_empty(N, rows, cols) if vectors else None
+    right = matrix.new_empty(N, cols, cols) if vectors else None
+    if N and cols:
+        tall = tall.contiguous().resolve_conj().resolve_neg()
+        views = [_native.view(flat(x)) for x in (tall, values, left, right)]
+        _native.module().svd(views[0], rows, cols, matrix.is_complex(), *views[1:], torch.get_num_threads())
+    if left is None or right is None:
+        return None, values, None
+    if wide:
+        return right, values, adjoint(left)
+    return left, values, adjoint(right)
+
+
+def adjoint(x: Tensor) -> Tensor:
+    """Xᴴ as it lies in memory."""
+    return x.mH.resolve_conj().contiguous()
+
+
+def flat(x: Tensor | None) -> Tensor | None:
+    """(N, …) -> (N, the real numbers of one), in place."""
+    if x is None:
+        return None
+    return (torch.view_as_real(x) if x.is_complex() else x).view(len(x), -1)

@@ -1,0 +1,56 @@
+"""The operators as torch.library sees them: schema, shapes without data, autograd.
+
+Backward is made of torch's own operations on U, S and Vh, so that it can be differentiated again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops.svd import gradient
+
+
+@torch.library.custom_op("kdkernels::svd", mutates_args=())
+def svd(matrix: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, rows, cols) -> U (N, rows, k), S (N, k), Vh (N, k, cols)."""
+    from kdkernels.ops.svd import native
+
+    U, S, Vh = native.svd(matrix, vectors=True)
+    assert U is not None and Vh is not None
+    return U, S, Vh
+
+
+@svd.register_fake
+def _(matrix: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    N, rows, cols = matrix.shape
+    k = min(rows, cols)
+    real = matrix.real.dtype
+    return matrix.new_empty(N, rows, k), matrix.new_empty(N, k, dtype=real), matrix.new_empty(N, k, cols)
+
+
+@torch.library.custom_op("kdkernels::svdvals", mutates_args=())
+def svdvals(matrix: Tensor, backend: str) -> Tensor:
+    """(N, rows, cols) -> S (N, k). Has no gradient: where one is needed, `svd` gives S."""
+    from kdkernels.ops.svd import native
+
+    return native.svd(matrix, vectors=False)[1]
+
+
+@svdvals.register_fake
+def _(matrix: Tensor, backend: str) -> Tensor:
+    N, rows, cols = matrix.shape
+    return matrix.new_empty(N, min(rows, cols), dtype=matrix.real.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output)
+    ctx.set_materialize_grads(False)  # zeros would meet 1/(s_j − s_i) at repeated values
+
+
+def _differentiate(ctx: Any, dU: Tensor | None, dS: Tensor | None, dVh: Tensor | None) -> tuple[Any, ...]:
+    U, S, Vh = ctx.saved_tensors
+    return gradient.backward(U, S, Vh, dU, dS, dVh), None
+
+
+svd.register_autograd(_differentiate, setup_context=_save)

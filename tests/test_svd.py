@@ -1,0 +1,283 @@
+"""`svd` and `svdvals`: against float64 and torch.linalg, gradients, transforms, NaN, shapes, errors."""
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels.ops.svd import gradient, lapack, native, schema
+from kdkernels.testing.svd.checks import CASES, QUICK, compare_case
+from kdkernels.testing.svd.inputs import make_matrices
+
+native_only = pytest.mark.native
+BACKENDS = ("reference", pytest.param("native", marks=native_only))
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+WIDE = (torch.float64, torch.complex128)
+
+
+def largest(x):
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("op", ("svd", "svdvals"))
+def test_error_against_float64(op, case, dtype, backend):
+    wrong = [d for d in compare_case(op, {"dtype": dtype} | CASES[case], backend) if not d.ok]
+    assert not wrong, wrong
+
+
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_singular_values_of_graded_columns_are_right(dtype):
+    """Columns over 30 decades: the singular values of a well-conditioned matrix times a diagonal, each to a few digits
+    fewer than the dtype has."""
+    matrix = make_matrices(4, 16, 16, kind="graded", dtype=dtype)
+    found = kd.svdvals(matrix, backend="native").double()
+    exact = torch.tensor([graded_values(x) for x in matrix], dtype=torch.float64)
+    assert ((found - exact).abs() / exact).max() < 1e4 * torch.finfo(dtype).eps
+
+
+def graded_values(matrix):
+    import mpmath as mp
+
+    with mp.workdps(60):
+        x = mp.matrix([[mp.mpmathify(entry) for entry in row] for row in matrix.tolist()])
+        return sorted((float(mp.re(value)) for value in mp.svd_c(x, compute_uv=False)), reverse=True)
+
+
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ("normal", "graded", "repeated", "low rank", "zero"))
+def test_vectors_are_orthonormal_whatever_the_values(kind, dtype):
+    for rows, cols in ((9, 9), (14, 6), (6, 14), (3, 1)):
+        matrix = make_matrices(5, rows, cols, kind=kind, dtype=dtype)
+        U, S, Vh = kd.svd(matrix, backend="native")
+        eye, eps = torch.eye(min(rows, cols), dtype=dtype), torch.finfo(dtype).eps
+        assert largest(U.mH @ U - eye) < 50 * eps and largest(Vh @ Vh.mH - eye) < 50 * eps
+        assert largest((U * S.unsqueeze(-2)) @ Vh - matrix) <= 50 * eps * max(largest(matrix), 1e-30)
+        assert (S >= 0).all() and (S.diff() <= 0).all()
+
+
+@native_only
+def test_above_the_crossover_the_batch_is_parallel_and_equal():
+    matrix = make_matrices(5, native.CROSSOVER + 9, native.CROSSOVER + 4, dtype=torch.float64)
+    expected = torch.linalg.svd(matrix, full_matrices=False)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found = kd.svd(matrix, backend="native")
+        assert torch.get_num_threads() == threads
+        torch.testing.assert_close(found.S, expected.S)
+        torch.testing.assert_close((found.U * found.S[:, None]) @ found.Vh, matrix)
+        torch.testing.assert_close(kd.svdvals(matrix, backend="native"), expected.S)
+
+
+@native_only
+def test_the_same_bits_for_every_thread_count_and_place_in_the_batch():
+    matrix = make_matrices(37, 12, 10)
+    expected = kd.svd(matrix, backend="native")
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, kd.svd(matrix, backend="native"), expected))
+    torch.set_num_threads(1)
+    for k in (0, 17, 36):
+        assert all(torch.equal(a, b[k]) for a, b in zip(kd.svd(matrix[k], backend="native"), expected, strict=True))
+
+
+# ---- NaN
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("n", (6, 110))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
+def test_what_is_not_finite_stays_in_its_matrix(backend, value, n, dtype):
+    """torch's batched svdvals swallows NaN, or raises (pytorch #187759)."""
+    matrix = make_matrices(3, n, n, dtype=dtype)
+    clean = kd.svd(matrix, backend=backend)
+    matrix[1, n // 2, 0] = value
+    found = kd.svd(matrix, backend=backend)
+    for a, b in zip((*found, kd.svdvals(matrix, backend=backend)), (*clean, clean.S), strict=True):
+        assert a[1].isnan().all()
+        torch.testing.assert_close(a[[0, 2]], b[[0, 2]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_what_is_not_finite_is_nan_and_stays_there(backend):
+    matrix = make_matrices(3, 5, 4, dtype=torch.float64)
+    matrix[1, 2, 2] = torch.nan
+    matrix.requires_grad_()
+    (grad,) = torch.autograd.grad(kd.svdvals(matrix, backend=backend).sum(), matrix)
+    assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
+
+
+# ---- gradients
+
+
+def gauge_free(U, S, Vh):
+    """Functions of the decomposition that do not see the phases of its vectors."""
+    weights = torch.arange(1.0, S.shape[-1] + 1, dtype=S.dtype)
+    return S, (U * weights) @ U.mH, (Vh.mH * weights) @ Vh, (U * weights) @ Vh
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize(("rows", "cols"), ((4, 4), (6, 3), (3, 5), (1, 4)))
+def test_gradcheck(backend, dtype, rows, cols):
+    matrix = make_matrices(2, rows, cols, dtype=dtype).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gauge_free(*kd.svd(x, backend=backend)), matrix)
+    assert torch.autograd.gradcheck(lambda x: kd.svdvals(x, backend=backend), matrix)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", WIDE)
+def test_gradgradcheck(backend, dtype):
+    matrix = make_matrices(1, 3, 3, dtype=dtype).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: kd.svdvals(x, backend=backend), matrix)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_symmetric_functions_have_a_gradient_at_repeated_values(backend):
+    matrix = make_matrices(2, 6, 5, kind="repeated", dtype=torch.float64).requires_grad_()
+
+    def loss(x):
+        return kd.svdvals(x, backend=backend).pow(3).sum()
+
+    (grad,) = torch.autograd.grad(loss(matrix), matrix)
+    torch.testing.assert_close(grad, finite_differences(loss, matrix), rtol=1e-6, atol=1e-6)
+
+
+def finite_differences(loss, x, step=1e-5):
+    grad = torch.zeros_like(x)
+    with torch.no_grad():
+        for place in range(x.numel()):
+            e = torch.zeros(x.numel(), dtype=x.dtype)
+            e[place] = step
+            e = e.reshape(x.shape)
+            grad.view(-1)[place] = (loss(x + e) - loss(x - e)) / (2 * step)
+    return grad
+
+
+def test_vectors_have_no_gradient_at_repeated_values():
+    U = torch.eye(3, dtype=torch.float64).expand(1, 3, 3)
+    S = torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64)
+    assert not gradient.backward(U, S, U, U.roll(1, -1), None, None).isfinite().all()
+    assert gradient.backward(U, S, U, None, torch.ones_like(S), None).isfinite().all()
+
+
+@native_only
+@pytest.mark.parametrize("dtype", WIDE)
+def test_near_a_repeated_value_the_gradient_agrees_with_torch(dtype):
+    matrix = make_matrices(3, 5, 5, kind="repeated", dtype=dtype)
+    matrix = (matrix + 1e-3 * make_matrices(3, 5, 5, dtype=dtype, seed=1)).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(sum(x.abs().square().sum() for x in gauge_free(*function(matrix))[:3]), matrix)[0]
+        for function in (lambda x: kd.svd(x, backend="native"), lambda x: torch.linalg.svd(x, full_matrices=False))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+
+# ---- transforms
+
+
+@native_only
+@pytest.mark.parametrize("dtype", WIDE)
+def test_opcheck(dtype):
+    for rows, cols in ((5, 3), (3, 5)):
+        matrix = make_matrices(2, rows, cols, dtype=dtype)
+        torch.library.opcheck(schema.svdvals, (matrix, "native"))
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(schema.svd, (matrix.requires_grad_(), "native"), test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", WIDE)
+def test_compiled_as_one_graph_with_dynamic_shapes(backend, dtype):
+    def step(x):
+        values = kd.svdvals(x, backend=backend).sum()
+        if backend == "reference" and x.is_complex():  # torch's backward looks at the phases: no graph
+            return values
+        return values + gauge_free(*kd.svd(x, backend=backend))[1].abs().square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for N in (2, 3):
+        matrix = make_matrices(N, 5, 4, dtype=dtype).requires_grad_()
+        a, b = (torch.autograd.grad(function(matrix), matrix)[0] for function in (step, compiled))
+        torch.testing.assert_close(a, b)
+
+
+def test_torch_func_takes_the_reference():
+    matrix = make_matrices(3, 4, 4, dtype=torch.float64)
+    grad = torch.func.grad(lambda x: kd.svdvals(x).sum())(matrix)
+    U, _, Vh = torch.linalg.svd(matrix)
+    torch.testing.assert_close(grad, U @ Vh)
+    torch.testing.assert_close(torch.func.vmap(kd.svdvals)(matrix), kd.svdvals(matrix))
+
+
+# ---- shapes, strides, errors
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("leading", ((), (0,), (2, 0), (3,), (2, 1, 2)))
+@pytest.mark.parametrize(("rows", "cols"), ((4, 3), (3, 4), (0, 3), (3, 0), (1, 1)))
+def test_shapes(backend, leading, rows, cols):
+    matrix = torch.randn(*leading, rows, cols, dtype=torch.complex64)
+    U, S, Vh = kd.svd(matrix, backend=backend)
+    k = min(rows, cols)
+    assert U.shape == (*leading, rows, k) and S.shape == (*leading, k) and Vh.shape == (*leading, k, cols)
+    assert S.dtype is torch.float32 and U.dtype is Vh.dtype is torch.complex64
+    assert kd.svdvals(matrix, backend=backend).shape == (*leading, k)
+
+
+@native_only
+def test_strides_and_the_bits_of_views_do_not_matter():
+    matrix = make_matrices(4, 7, 5, dtype=torch.complex64)
+    expected = kd.svd(matrix, backend="native")
+    views = (
+        matrix.mT.contiguous().mT,
+        matrix.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        matrix.conj().resolve_conj().conj(),
+        torch.cat([matrix, matrix], -1)[..., :5],
+    )
+    for view in views:
+        assert all(map(torch.equal, kd.svd(view, backend="native"), expected))
+    real = matrix.conj().imag
+    assert real.is_neg()
+    torch.testing.assert_close(kd.svdvals(real, backend="native"), kd.svdvals(real.clone(), backend="native"))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "error", "message"),
+    (
+        ([[1.0]], TypeError, "matrix is list, but must be a torch.Tensor"),
+        (torch.ones(2, 2, dtype=torch.bfloat16), TypeError, "matrix has dtype torch.bfloat16, but must have one of"),
+        (torch.ones(2, 2, dtype=torch.int64), TypeError, "matrix has dtype torch.int64"),
+        (torch.ones(3), ValueError, r"matrix has shape \(3\), but must be \(\.\.\., rows, cols\)"),
+    ),
+)
+@pytest.mark.parametrize("function", (kd.svd, kd.svdvals))
+def test_wrong_arguments_are_named(function, matrix, error, message):
+    with pytest.raises(error, match=message):
+        function(matrix)
+
+
+def test_backends_that_cannot_serve_are_named():
+    with pytest.raises(ValueError, match="backend='triton': svd has no such implementation"):
+        kd.svd(torch.ones(2, 2), backend="triton")
+
+
+def test_lapack_leaves_an_empty_batch_alone():
+    U, S, Vh = lapack.svd(torch.ones(0, 4, 3))
+    assert (U.shape, S.shape, Vh.shape) == ((0, 4, 3), (0, 3), (0, 3, 3))
+
+
+@native_only
+def test_explain_says_where_jacobi_ends():
+    explanation = kd.explain(kd.svd, torch.ones(2, 16, 16))
+    assert (explanation.backend, explanation.method) == ("native", "jacobi")
+    n = native.CROSSOVER + 1
+    assert kd.explain(kd.svdvals, torch.ones(2, n, n)).method == "lapack"
+    assert set(QUICK) <= set(CASES)
