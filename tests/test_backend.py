@@ -100,9 +100,7 @@ def test_explain_says_what_runs_and_why_not_another():
 
 
 def test_explain_names_the_ops_it_knows():
-    with pytest.raises(
-        ValueError, match="op is 'softmax', but must be one of 'lora_linear', 'lora_linear_group', "
-    ):
+    with pytest.raises(ValueError, match="op is 'softmax', but must be one of 'lora_linear', 'lora_linear_group', "):
         kd.explain("softmax")
 
 
