@@ -29,9 +29,18 @@ LORA = "csrc/cpu/lora_linear.cpp"
 LOW_RANK = "csrc/cpu/low_rank.h"
 DROPOUT = "csrc/cpu/dropout.h"
 LORA_TRITON = "kdkernels/ops/lora_linear/triton.py"
+LANES = "csrc/cpu/lanes.h"
+GENERATOR = "csrc/cpu/generator.h"
+HOUSEHOLDER = "csrc/cpu/householder.h"
+JACOBI = "csrc/cpu/jacobi.h"
+SPECTRUM = "csrc/cpu/spectrum.h"
+SVD = "csrc/cpu/svd.cpp"
+HANKEL = "csrc/cpu/hankel.cpp"
 
 OPS = dict.fromkeys((TRITON, ALIGNMENT, ROWS, CHOLESKY), ("projection_alignment_loss",))
 OPS |= dict.fromkeys((LORA, LOW_RANK, DROPOUT, LORA_TRITON), ("lora_linear",))
+OPS |= dict.fromkeys((HOUSEHOLDER, JACOBI, SPECTRUM, SVD), ("svd", "svdvals"))
+OPS |= dict.fromkeys((LANES, GENERATOR, HANKEL), ("gramian_factors", "hankel_singular_values"))
 
 TRITON_KERNELS = [
     Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
@@ -71,4 +80,20 @@ NATIVE_KERNELS = [
     Mutation("forward", LORA, "const Term<T> own = low_rank(member, row, scaling);", "const Term<T> own = low_rank(layer, row, scaling);"),
     Mutation("add_dropped", LORA, "dropout.apply(begin + i + q, 0, d, row, dropped);", "dropout.apply(i + q + 1, 0, d, row, dropped);"),
     Mutation("differentiate_input", LORA, "if (call.base_done || leader(call, k, same) < k) continue;", "if (call.base_done) continue;"),
+    Mutation("one_minus", LANES, "return sum + ((lost + lost_too) - (a.error + b.error));", "return sum;"),
+    Mutation("one_minus_product_conj", LANES, "(left.product - right.product) + (left.error - right.error)", "(right.product - left.product) + (left.error - right.error)"),
+    Mutation("Alignment", GENERATOR, "first = add_product(first * cosine[c], other, conj(sine[c]));", "first = add_product(first * cosine[c], other, sine[c]);"),
+    Mutation("factor_gramian", GENERATOR, "row_i[0] = along * ((lambda[i] - pivot) * quotient);", "row_i[0] = along * (lambda[i] * quotient);"),
+    Mutation("residual", GENERATOR, "if (residual) residual[k] = trace;", "if (residual) residual[k] = best;"),
+    Mutation("householder", HOUSEHOLDER, "v[0] = phase * (size + norm);", "v[0] = phase * norm;"),
+    Mutation("apply_reflectors", HOUSEHOLDER, "B + j * stride_B + k, rows - k);", "B + j * stride_B + k, rows - k - 1);"),
+    Mutation("Schedule", JACOBI, "sum <= 2 * rows - 3;", "sum <= 2 * rows - 4;"),
+    Mutation("Jacobi", JACOBI, "y[i + u] = add_product(yi, B, xi);", "y[i + u] = add_product(yi, A, xi);"),
+    Mutation("sort", SPECTRUM, "const Mask<T> wrong = a < b;", "const Mask<T> wrong = a > b;"),
+    Mutation("reorder", SPECTRUM, "lane(diagonal[order[j][l]], part, l);", "lane(diagonal[j], part, l);"),
+    Mutation("complete_right", SPECTRUM, "if (values[j][l] == 0) complete(j, l);", "if (values[j][l] < 0) complete(j, l);"),
+    Mutation("decompose_group", SVD, "svd.values[k] * inverse_scale;", "svd.values[k];"),
+    Mutation("inner_products", HANKEL, "M[k * n + j] = even + odd;", "M[k * n + j] = even;"),
+    Mutation("project", HANKEL, "const N v = V[j * stride + k] * scale[j];", "const N v = V[j * stride + k];"),
+    Mutation("Systems", HANKEL, "lambda_[i] = conj(lambda_[i]);", ""),
 ]  # fmt: skip
