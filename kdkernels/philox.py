@@ -20,16 +20,17 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Te
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # the product wraps in 64 bits, but both its halves are right
-        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & MASK) ^ c1 ^ k0,
-            product1 & MASK,
-            ((product0 >> 32) & MASK) ^ c3 ^ k1,
-            product0 & MASK,
-        )
+        (high0, low0), (high1, low1) = (product(c, m) for c, m in zip((c0, c2), MULTIPLIERS, strict=True))
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
     return c0, c1, c2, c3
+
+
+def product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """The high and the low word of a product, by halves: 64 signed bits must not overflow in compiled code."""
+    low = word * (multiplier & 0xFFFF)  # below 2^48, as `middle` is below 2^49
+    middle = word * (multiplier >> 16) + (low >> 16)
+    return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def threshold(p: float) -> int:
@@ -64,8 +65,8 @@ def _draw(room: Tensor) -> Tensor:
     return states
 
 
-# An operator of its own, because compilers would draw a plain randint from a generator of theirs: other masks. It takes
-# an empty tensor, because they merge calls with equal arguments but never two empty tensors.
+# An operator of its own, because compilers would draw a plain randint from a generator of theirs: other masks. Its
+# argument is the room, because they merge two calls with equal arguments, but never two calls of torch.empty.
 _drawn = torch.library.custom_op(
     "kdkernels::draw_states", _draw, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )

@@ -89,6 +89,14 @@ def test_a_gradient_of_zeros_without_memory():
         assert not grad.any()
 
 
+@native_only
+def test_batches_of_gradients_are_refused():
+    x, *rest = operands()
+    y = call(x, *rest, backend="native")
+    with pytest.raises(RuntimeError, match="takes no batches of gradients; use backend='reference'"):
+        torch.autograd.grad(y, x, torch.ones(4, *y.shape, dtype=y.dtype), is_grads_batched=True)
+
+
 # ---- transforms
 
 

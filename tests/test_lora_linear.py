@@ -2,7 +2,9 @@
 
 import itertools
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,7 +242,25 @@ def test_a_group_says_which_layer_is_wrong():
         kd.lora_linear_group(x, [good, bad])
     with pytest.raises(ValueError, match="layers is empty"):
         kd.lora_linear_group(x, [])
+    for layers, message in (
+        (good, "layers is LoRA"),
+        (None, "layers is NoneType"),
+        ([good, None], r"layers\[1\] is None"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            kd.lora_linear_group(x, layers)
     assert len(kd.lora_linear_group(x, [good, tuple(good)])) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_any_kind(backend):
+    tensors = operands()
+    torch.manual_seed(0)
+    expected = kd.lora_linear(*tensors[:4], scaling=0.5, dropout_p=0.25, backend=backend)
+    for number in (Fraction, np.float16):
+        torch.manual_seed(0)
+        found = kd.lora_linear(*tensors[:4], scaling=number(0.5), dropout_p=number(0.25), backend=backend)
+        assert torch.equal(found, expected)
 
 
 @native_only

@@ -171,3 +171,10 @@ def test_compiled_code_draws_the_masks_of_eager_code(checkpointed):
     torch.testing.assert_close(z, y)
     for a, b in zip(torch.autograd.grad(z.sum(), (x, lora_A, lora_B)), grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("state", ([-1, 3], [-5, 2**62], [12345678901234567, -5]))
+def test_the_definition_compiles_to_the_same_words(state):
+    state = torch.tensor(state)
+    compiled = torch.compile(lambda s: keep_mask(s, 5, 9, 0.5), fullgraph=True)
+    assert torch.equal(compiled(state), keep_mask(state, 5, 9, 0.5))

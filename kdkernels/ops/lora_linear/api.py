@@ -49,7 +49,8 @@ def lora_linear(
     x̂ = mask ⊙ x / (1 − p) is the input after dropout, which acts on the adapter alone, as in PEFT; the base layer sees
     x. The mask is a function of a seed and an offset, drawn once a call from torch's generator, and of the element's
     place: the same bits on every backend and for every number of threads, again under the same `torch.manual_seed`
-    in a recomputed checkpoint and in compiled code, and different on every rank of a process group. It is not stored.
+    in a recomputed checkpoint, and different on every rank of a process group. It is not stored. Compiled
+    code has eager code's masks, unless it draws other random numbers too: inductor takes those from its own generator.
 
     Args:
         input: (..., d_in).
@@ -89,10 +90,10 @@ def lora_linear_group(input: Tensor, layers: Sequence[LoRA], *, backend: str = "
         backend: as in `lora_linear`.
 
     Returns:
-        One (..., d_out) for each layer.
+        One (..., d_out) for each layer. A layer whose output is not used has no gradient (in compiled code, zeros).
 
     Raises:
-        TypeError: as in `lora_linear`; the message says which layer.
+        TypeError: as in `lora_linear`, or a layer is no `LoRA`; the message says which layer.
         ValueError: likewise, or there are no layers.
     """
     return _run(_prepare_group(input, layers, backend))
@@ -109,7 +110,12 @@ class _Call:
 
 
 def _prepare_group(input: Tensor, layers: Sequence[LoRA], backend: str) -> _Call:
-    layers = [layer if isinstance(layer, LoRA) else LoRA(*layer) for layer in layers]
+    if isinstance(layers, LoRA) or not isinstance(layers, (list, tuple)):
+        raise TypeError(f"layers is {type(layers).__name__}, but must be a list of LoRA")
+    for k, layer in enumerate(layers):
+        if not (isinstance(layer, tuple) and 3 <= len(layer) <= len(LoRA._fields)):
+            raise TypeError(f"layers[{k}] is {type(layer).__name__}, but must be a LoRA")
+    layers = [LoRA(*layer) for layer in layers]
     if not layers:
         raise ValueError("layers is empty, but must have at least one layer")
     return _prepare(input, layers, backend, tuple(f"layers[{k}]." for k in range(len(layers))))
@@ -119,6 +125,7 @@ def _prepare(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequ
     check_tensor("input", input)
     for layer, prefix in zip(layers, prefixes, strict=True):
         _check(input, layer, prefix)
+    layers = [a._replace(scaling=float(a.scaling), dropout_p=float(a.dropout_p)) for a in layers]
     input, layers = _autocast(input, layers)
     for layer, prefix in zip(layers, prefixes, strict=True):
         for name in ("weight", "bias"):
@@ -192,8 +199,8 @@ def _run(call: _Call) -> tuple[Tensor, ...]:
             [x.new_empty(0) if layer.bias is None else layer.bias for layer in layers],
             [layer.lora_A for layer in layers],
             [layer.lora_B for layer in layers],
-            [float(layer.scaling) for layer in layers],
-            [float(layer.dropout_p) for layer in layers],
+            [layer.scaling for layer in layers],
+            [layer.dropout_p for layer in layers],
             states,
             call.backend.backend,
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdkernels.ops.lora_linear.reference import accumulation_dtype
 
+BATCHED = "lora_linear's accelerated backward takes no batches of gradients; use backend='reference' for that"
 TWICE = "lora_linear's accelerated backward cannot be differentiated again; use backend='reference' for that"
 
 
@@ -197,7 +198,7 @@ lora_linear_backward.register_autograd(_refuse)
 class _Plain(torch.autograd.Function):
     """The same, without the machinery of torch.library, which costs more than a small layer does.
 
-    It keeps only what the wanted gradients are made from, and a sibling whose output is not used has none.
+    It keeps only what the wanted gradients are made from (and each S), and a sibling whose output is not used has none.
     """
 
     @staticmethod
@@ -216,6 +217,8 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         K = ctx.K
+        if any(g is not None and not torch._C._has_storage(g) for g in grads):
+            raise RuntimeError(BATCHED)
         used = [k for k in range(K) if grads[k] is not None]
         saved = [
             # in the place of what is not read stands its shape, without memory
