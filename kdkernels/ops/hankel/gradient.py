@@ -36,11 +36,11 @@ def backward(
     found: list[Tensor | None] = [None, None, None]
     if need_Lambda:
         assert G is not None and H is not None
-        inner = G * (B @ B.mH).conj() + H.conj() * (C.mH @ C)
-        found[0] = 2 * ((slope.conj() * inner) @ Lambda.unsqueeze(-1)).squeeze(-1)
+        inner = G * (B @ B.mH).mT + H.mT * (C.mH @ C)  # Hermitian: conjugates are transposes
+        found[0] = 2 * ((slope.mT * inner) @ Lambda.unsqueeze(-1)).squeeze(-1)
     if need_B:
         assert G is not None
-        found[1] = 2 * (G * value.conj()) @ B
+        found[1] = 2 * (G * value.mT) @ B
     if need_C:
         assert H is not None
         found[2] = 2 * C @ (H * value)

@@ -3,6 +3,9 @@
     κ(z) = 1/(1 − z) = Σ_k z^k, or Σ_{k<L} z^k for a horizon of L steps
 
 Near the unit circle 1 − z cancels: it is formed from products without rounding.
+
+Conjugates are formed, never lazy: an operator that runs beneath torch.compile's autograd does not see torch's conjugate
+bit in products of elements (torch 2.13).
 """
 
 import torch
@@ -15,13 +18,13 @@ SPLIT = 2.0**27 + 1  # Dekker's (1971): halves of a float64
 
 
 def wide(x: Tensor) -> Tensor:
-    """float64 or complex128: what Gramians are formed in."""
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+    """float64 or complex128, as it lies in memory: what Gramians are formed in."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64).resolve_conj().resolve_neg()
 
 
 def one_minus_product(a: Tensor, b: Tensor) -> Tensor:
     """1 − a b* in float64, right to a few roundings of itself, with the plain formula's derivatives."""
-    plain = 1 - a * b.conj()
+    plain = 1 - a * b.conj_physical()
     with torch.no_grad():
         exact = compensated(a.detach(), b.detach())
     return plain + (exact - plain.detach())
@@ -31,6 +34,7 @@ def compensated(a: Tensor, b: Tensor) -> Tensor:
     """1 − a b* from two-products and two-sums."""
     if not a.is_complex():
         return one_minus([two_product(a, b)])
+    a, b = a.resolve_conj(), b.resolve_conj()
     real = one_minus([two_product(a.real, b.real), two_product(a.imag, b.imag)])
     (p, e), (q, f) = two_product(a.imag, b.real), two_product(a.real, b.imag)
     return torch.complex(real, (q - p) + (f - e))
@@ -67,16 +71,25 @@ def kappa(Lambda: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:
     if horizon is None:
         value = 1 / one_minus_product(left, right)
         return value, value * value
-    z = left * right.conj()
+    z = left * right.conj_physical()
     value, slope = torch.ones_like(z), torch.zeros_like(z)
     power, power_slope = z, torch.ones_like(z)  # z^L and L z^(L−1)
-    for bit in bin(horizon)[3:]:
+    for odd in bits(horizon):
         value, slope = value * (1 + power), slope * (1 + power) + value * power_slope
         power, power_slope = power * power, 2 * power * power_slope
-        if bit == "1":
+        if odd:
             value, slope = 1 + z * value, value + z * slope
             power, power_slope = z * power, power + z * power_slope
     return value, slope
+
+
+def bits(horizon: int) -> list[bool]:
+    """The binary digits below the first, from the top: 2L, and + 1 where the digit is 1, lead from 1 to the horizon."""
+    digits = []
+    while horizon > 1:  # the horizon of a compiled graph may be symbolic, which bin() does not take
+        digits.append(horizon % 2 == 1)
+        horizon = horizon // 2
+    return digits[::-1]
 
 
 def projectors(L_c: Tensor, L_o: Tensor, U: Tensor, sigma: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,10 +110,10 @@ def horizon_factor(Lambda: Tensor, B: Tensor, horizon: int) -> Tensor:
     """
     n = Lambda.shape[-1]
     F, power = compress(B), Lambda
-    for bit in bin(horizon)[3:]:
+    for odd in bits(horizon):
         F = compress(torch.cat([F, power.unsqueeze(-1) * F], -1))
         power = power * power
-        if bit == "1":
+        if odd:
             F = compress(torch.cat([B, Lambda.unsqueeze(-1) * F], -1))
             power = Lambda * power
     return once(
@@ -113,4 +126,4 @@ def compress(F: Tensor) -> Tensor:
     if F.shape[-1] <= F.shape[-2]:
         return F
     Q, R = torch.linalg.qr(F.detach().mH)
-    return F @ Q if F.requires_grad else R.mH
+    return F @ Q if F.requires_grad else R.mT.conj_physical()

@@ -9,7 +9,7 @@ from torch import Tensor
 from kdkernels import _native
 from kdkernels.ops.hankel.kernel import horizon_factor, negligible, projectors, wide
 from kdkernels.ops.svd import native
-from kdkernels.ops.svd.native import CROSSOVER, flat
+from kdkernels.ops.svd.native import CROSSOVER, adjoint, flat
 
 
 def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,7 +51,7 @@ def wide_factors(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> t
     """L_c and L_o in float64."""
     Lambda, B, C = map(wide, (Lambda, B, C))
     if horizon is not None:
-        return horizon_factor(Lambda, B, horizon), horizon_factor(Lambda.conj(), C.mH, horizon)
+        return horizon_factor(Lambda, B, horizon), horizon_factor(Lambda.conj_physical(), adjoint(C), horizon)
     L_c, L_o = (B.new_empty(*Lambda.shape, Lambda.shape[-1]) for _ in range(2))
     run(Lambda, B, C, factor_c=L_c, factor_o=L_o)
     return L_c, L_o
@@ -65,7 +65,7 @@ def run(Lambda: Tensor, B: Tensor, C: Tensor, **rooms: Tensor) -> None:
     N, n, m = B.shape
     if not N or not n:
         return
-    operands = [x.contiguous().resolve_conj().resolve_neg() for x in (Lambda, B, C)]  # alive until the call is over
+    operands = [x.resolve_conj().resolve_neg().contiguous() for x in (Lambda, B, C)]  # alive until the call is over
     views = [_native.view(flat(x)) for x in (*operands, *(rooms.get(name) for name in ROOMS))]
     threads = torch.get_num_threads()
     _native.module().hankel(*views[:3], n, m, C.shape[-2], B.is_complex(), *views[3:], threads)

@@ -29,10 +29,11 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.message = inputs[1]
+        ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return never(grads[0], grads[0], ctx.message), None
+        return never(grads[0], ctx.saved_tensors[0], ctx.message), None
 
 
 class _Never(torch.autograd.Function):

@@ -92,7 +92,7 @@ class Systems:
             counts = [len(part.Lambda) for part in parts]
             for i, piece in zip(places, zip(*(x.split(counts) for x in outputs), strict=True), strict=True):
                 member = self.members[i]
-                shaped = tuple(x.reshape(*member.leading, *x.shape[1:]) for x in piece)
+                shaped = tuple(x.reshape((*member.leading, *x.shape[1:])) for x in piece)
                 if member.order != n:
                     shaped = (
                         tuple(cut(x, member.order) for cut, x in zip(cuts, shaped, strict=True)) if cuts else shaped

@@ -159,7 +159,7 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
     if not A_r.is_complex() and not bool(eigenvalues.imag.any()):
         eigenvalues, X = eigenvalues.real, X.real
     sizes = torch.linalg.svdvals(X)
-    if not bool((sizes[..., -1] > 0).all()):
+    if not bool((sizes[..., -1] > 4 * r * EPS * sizes[..., 0]).all()):
         return None
     condition = sizes[..., 0] / sizes[..., -1]
     Q, R = torch.linalg.qr(X)

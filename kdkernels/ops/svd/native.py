@@ -16,18 +16,18 @@ def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor
     """(N, rows, cols) -> U, S, Vh, contiguous; U and Vh are None without `vectors`."""
     matrix = matrix.detach()
     wide = matrix.shape[-2] < matrix.shape[-1]
-    tall = matrix.mH if wide else matrix
+    tall = adjoint(matrix) if wide else matrix.resolve_conj().resolve_neg()
     N, rows, cols = tall.shape
     if cols > CROSSOVER:
         if not vectors:
             return None, lapack.svdvals(tall), None
-        U, S, Vh = lapack.svd(matrix)
+        U, S, Vh = lapack.svd(matrix.resolve_conj().resolve_neg())
         return U.contiguous(), S, Vh.contiguous()
     values = matrix.new_empty(N, cols, dtype=matrix.real.dtype)
     left = matrix.new_empty(N, rows, cols) if vectors else None
     right = matrix.new_empty(N, cols, cols) if vectors else None
     if N and cols:
-        tall = tall.contiguous().resolve_conj().resolve_neg()
+        tall = tall.contiguous()
         views = [_native.view(flat(x)) for x in (tall, values, left, right)]
         _native.module().svd(views[0], rows, cols, matrix.is_complex(), *views[1:], torch.get_num_threads())
     if left is None or right is None:
@@ -39,7 +39,7 @@ def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor
 
 def adjoint(x: Tensor) -> Tensor:
     """Xᴴ as it lies in memory."""
-    return x.mH.resolve_conj().contiguous()
+    return x.resolve_conj().resolve_neg().mT.conj_physical().contiguous()
 
 
 def flat(x: Tensor | None) -> Tensor | None:
