@@ -30,6 +30,12 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+def environment_of(root: Path) -> dict[str, str]:
+    """For a Python of its own: the checkout in `root` first, one thread, and no instruction set forced."""
+    found = {name: value for name, value in os.environ.items() if name != "KDKERNELS_ISA"}
+    return found | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """One instruction set, for this test: parametrize it indirectly with ISAS."""
@@ -44,9 +50,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """For a Python of its own: this checkout first, one thread, and no instruction set forced."""
-    found = {name: value for name, value in os.environ.items() if name != "KDKERNELS_ISA"}
-    return found | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    """For a Python of its own, in this checkout."""
+    return environment_of(ROOT)
 
 
 @pytest.fixture

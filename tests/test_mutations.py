@@ -1,16 +1,62 @@
 """`validate` fails when any one kernel is wrong: each kernel is made wrong on purpose, one at a time, in a copy."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment_of
 from mutations import LORA_TRITON, NATIVE_KERNELS, TRITON, TRITON_KERNELS
 
-VALIDATE = (sys.executable, "-m", "kdkernels", "validate", "--exitfirst")
+VALIDATE = ("validate", "--quick", "--exitfirst")
 FAILED = re.compile(r"\b[1-9]\d* failed")
+
+# Importing torch takes longer than finding most mistakes: it is imported once, and each validation runs in a fork.
+FORKS = """
+import json, os, sys, tempfile, traceback
+import torch
+
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as printed:
+        child = os.fork()
+        if child == 0:
+            code = 2
+            try:
+                os.dup2(printed.fileno(), 1)
+                os.dup2(printed.fileno(), 2)
+                from kdkernels.__main__ import main
+                code = main(json.loads(line))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        printed.seek(0)
+        print(json.dumps([code, printed.read()]), flush=True)
+"""
+
+
+@contextmanager
+def validator(tree, **environment):
+    """`python -m kdkernels validate` in the tree, as a function of its options that returns its code and its print."""
+    environment = environment_of(tree) | {"PYTHONDONTWRITEBYTECODE": "1"} | environment
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(
+        command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def validate(*options):
+            process.stdin.write(json.dumps([*VALIDATE, *options]) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield validate
+        process.stdin.close()
 
 
 def mutate(tree, mutation):
@@ -22,19 +68,19 @@ def mutate(tree, mutation):
     return lambda: path.write_text(source)
 
 
-def validate(tree, environment, *options):
-    environment = environment | {"PYTHONPATH": str(tree)}
-    return subprocess.run([*VALIDATE, *options], cwd=tree, env=environment, capture_output=True, text=True)
-
-
 def only(mutation):
     """The checks of the operators that the mutated file belongs to."""
     return [option for op in mutation.ops for option in ("--op", op)]
 
 
+def check_passes(result):
+    code, printed = result
+    assert code == 0, printed
+
+
 def check_noticed(result):
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert FAILED.search(result.stdout), result.stdout + result.stderr
+    code, printed = result
+    assert code == 1 and FAILED.search(printed), printed
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +89,8 @@ def interpreted(tmp_path_factory):
     pytest.importorskip("triton")
     tree = tmp_path_factory.mktemp("interpreted")
     shutil.copytree(ROOT / "kdkernels", tree / "kdkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    return tree
-
-
-@pytest.fixture
-def interpreting(environment):
-    return environment | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    with validator(tree, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore") as validate:
+        yield tree, lambda *options: validate("--backend", "triton", *options)
 
 
 def test_every_triton_kernel_has_a_mistake():
@@ -62,23 +104,26 @@ def test_every_triton_kernel_has_a_mistake():
     assert files == {TRITON, LORA_TRITON}
 
 
-def test_the_unchanged_triton_kernels_pass(interpreted, interpreting):
-    result = validate(interpreted, interpreting, "--backend", "triton", "--quick")
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_the_unchanged_triton_kernels_pass(interpreted):
+    check_passes(interpreted[1]())
 
 
 @pytest.mark.parametrize("mutation", TRITON_KERNELS, ids=lambda m: m.kernel)
-def test_a_wrong_triton_kernel_is_noticed(mutation, interpreted, interpreting):
-    undo = mutate(interpreted, mutation)
+def test_a_wrong_triton_kernel_is_noticed(mutation, interpreted):
+    tree, validate = interpreted
+    undo = mutate(tree, mutation)
     try:
-        check_noticed(validate(interpreted, interpreting, "--backend", "triton", "--quick", *only(mutation)))
+        check_noticed(validate(*only(mutation)))
     finally:
         undo()
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A copy of the sources, and how to build the baseline kernels of it in place."""
+    """A copy of the sources, how to build the baseline kernels of it in place, and how to validate them.
+
+    Nothing is optimized: compiling takes longer than validating.
+    """
     if not all(map(shutil.which, ("cmake", "ninja"))):
         pytest.skip("building needs cmake and ninja")
     tree = tmp_path_factory.mktemp("built")
@@ -91,24 +136,24 @@ def built(tmp_path_factory):
         (module,) = (tree / "build").glob("_C*.so")
         shutil.copy(module, tree / "kdkernels")
 
-    options = ["-G", "Ninja", "-DKDKERNELS_ISAS=baseline", "-DKDKERNELS_OPTIMIZE=-O1"]
+    options = ["-G", "Ninja", "-DKDKERNELS_ISAS=baseline", "-DKDKERNELS_OPTIMIZE=-O0", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
     options += [f"-DPython_EXECUTABLE={sys.executable}"]
     subprocess.run(["cmake", "-S", tree, "-B", tree / "build", *options], check=True, capture_output=True)
     build()
-    return tree, build
+    with validator(tree) as validate:
+        yield tree, build, lambda *options: validate("--backend", "native", *options)
 
 
-def test_the_unchanged_native_kernels_pass(built, environment):
-    result = validate(built[0], environment, "--backend", "native")
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_the_unchanged_native_kernels_pass(built):
+    check_passes(built[2]())
 
 
 @pytest.mark.parametrize("mutation", NATIVE_KERNELS, ids=lambda m: m.kernel)
-def test_a_wrong_native_kernel_is_noticed(mutation, built, environment):
-    tree, build = built
+def test_a_wrong_native_kernel_is_noticed(mutation, built):
+    tree, build, validate = built
     undo = mutate(tree, mutation)
     try:
         build()
-        check_noticed(validate(tree, environment, "--backend", "native", "--quick", *only(mutation)))
+        check_noticed(validate(*only(mutation)))
     finally:
         undo()
