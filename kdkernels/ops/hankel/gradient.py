@@ -28,8 +28,9 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of Lambda (N, n), B (N, n, m) and C (N, p, n) that are needed, in their dtype."""
     dtype = B.dtype
+    given = Lambda.dtype
     Lambda, B, C, g = wide(Lambda), wide(B), wide(C), grad.to(torch.float64).unsqueeze(-2)
-    value, slope = kappa(Lambda, horizon)
+    value, slope = kappa(Lambda, horizon, given)
     need_Lambda, need_B, need_C = needs
     G = 0.5 * (W * g) @ W.mH if need_Lambda or need_B else None
     H = 0.5 * (T * g) @ T.mH if need_Lambda or need_C else None

@@ -65,11 +65,15 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, x - high
 
 
-def kappa(Lambda: Tensor, horizon: int | None) -> tuple[Tensor, Tensor]:
-    """κ and its derivative at z_ij = λ_i λ_j*: (..., n) -> two of (..., n, n)."""
+def kappa(Lambda: Tensor, horizon: int | None, given: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """κ and its derivative at z_ij = λ_i λ_j*: (..., n) -> two of (..., n, n), in float64.
+
+    `given` is the dtype that the λ were given in: of float32 numbers float64 products lose nothing that counts.
+    """
     left, right = Lambda.unsqueeze(-1), Lambda.unsqueeze(-2)
     if horizon is None:
-        value = 1 / one_minus_product(left, right)
+        exact = given in (torch.float64, torch.complex128)
+        value = 1 / (one_minus_product(left, right) if exact else 1 - left * right.conj_physical())
         return value, value * value
     z = left * right.conj_physical()
     value, slope = torch.ones_like(z), torch.zeros_like(z)

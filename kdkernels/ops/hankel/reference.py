@@ -89,7 +89,7 @@ def generator_cholesky(Lambda: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def hankel_energy(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None = None) -> Tensor:
     """Σσ² = tr(PQ) = Σ_ij (BBᴴ)_ij (CᴴC)_ji κ(λ_i λ_j*)²: (...)."""
     (Lambda_, B_, C_), poison = isolate(Lambda, B, C, horizon)
-    value, _ = kappa(Lambda_, horizon)
+    value, _ = kappa(Lambda_, horizon, Lambda.dtype)
     products = (B_ @ B_.mH) * (C_.mH @ C_).mT * value * value
     return (products.real.sum((-2, -1)) + poison).to(B.real.dtype)
 
