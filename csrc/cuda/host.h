@@ -7,7 +7,6 @@
 #pragma once
 
 #include <atomic>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -63,6 +62,27 @@ struct Slot {
   std::atomic<uint64_t> value;
 };
 
+// A std::barrier of nothing but atomics, for TSan to understand also where it is told to ignore that they order memory.
+class Barrier {
+ public:
+  explicit Barrier(unsigned size) : size_(size) {}
+
+  void wait() {
+    const unsigned round = round_.load();
+    if (arrived_.fetch_add(1) + 1 == size_) {
+      arrived_.store(0);
+      round_.store(round + 1);
+      round_.notify_all();
+    } else {
+      while (round_.load() == round) round_.wait(round);
+    }
+  }
+
+ private:
+  const unsigned size_;
+  std::atomic<unsigned> arrived_ = 0, round_ = 0;
+};
+
 // Threads that must all do the same at the same time: those of a warp, or of a block.
 class Meeting {
  public:
@@ -75,7 +95,7 @@ class Meeting {
     row[rank].operation.store(operation, std::memory_order_relaxed);
     row[rank].mask.store(mask, std::memory_order_relaxed);
     row[rank].value.store(value, std::memory_order_relaxed);
-    barrier_.arrive_and_wait();
+    barrier_.wait();
     for (unsigned i = 0; i < size_; ++i) {
       const char* other = row[i].operation.load(std::memory_order_relaxed);
       const unsigned its_mask = row[i].mask.load(std::memory_order_relaxed);
@@ -91,11 +111,11 @@ class Meeting {
     return row;
   }
 
-  void wait() { barrier_.arrive_and_wait(); }
+  void wait() { barrier_.wait(); }
 
  private:
   unsigned size_;
-  std::barrier<> barrier_;
+  Barrier barrier_;
   std::unique_ptr<Slot[]> slots_;
 };
 

@@ -81,7 +81,8 @@ struct Reflector {
     const R top = magnitude(x[k] * (R(1) / nu));
     down = R(1) / nu;
     beta = R(1) / (R(1) + top);
-    phase = top > R(0) ? x[k] * down * (R(1) / top) : number<T>(R(1));
+    const bool negligible = top < sqrt(Limits<R>::tiny / Limits<R>::epsilon);  // its square may have no digits
+    phase = negligible ? number<T>(R(1)) : x[k] * down * (R(1) / top);
   }
 
   __device__ __forceinline__ T operator[](int i) const { return i == k ? x[i] * down + phase : x[i] * down; }
@@ -129,19 +130,21 @@ __device__ void transpose(const Team& team, const Svd<T>& s) {
   team.sync();
 }
 
-// Columns back to norm 1; σ_k = d_k |x̃_k|. A column that vanished keeps its scale.
+// Columns back to norm 1; σ_k = d_k |x̃_k|. A column of which one sweep leaves only rounding errors lies in the span of
+// the others: it becomes zero, or it would shrink at every sweep, never orthogonal. It keeps its scale.
 template <typename T>
 __device__ void normalise(const Team& team, const Svd<T>& s, bool first) {
   using R = Real<T>;
   for (int k = team.group; k < team.rounds(s.n); k += team.groups) {
     const bool mine = k < s.n;
     T* x = s.column_x(mine ? k : 0);
-    const R norm = safe_norm(team, x, 0, mine ? s.n : 0);
-    const R scale = norm > R(0) ? R(1) / norm : R(1), d = first || !mine ? R(1) : s.d[k];
+    R norm = safe_norm(team, x, 0, mine ? s.n : 0);
+    if (!first && norm < R(4) * Limits<R>::epsilon) norm = R(0);
+    const R scale = norm > R(0) ? R(1) / norm : R(0), d = first || !mine ? R(1) : s.d[k];
     const R next = norm > R(0) ? d * norm : d;
     for (int i = team.lane; mine && i < s.n; i += team.width) {
       x[i] = x[i] * scale;
-      if (s.vectors && !first) s.column_k(k)[i] = s.column_k(k)[i] * scale;
+      if (s.vectors && !first) s.column_k(k)[i] = s.column_k(k)[i] * (norm > R(0) ? scale : R(1));
     }
     __syncwarp();  // all lanes have read d
     if (mine && team.lane == 0) {
@@ -156,7 +159,7 @@ __device__ void normalise(const Team& team, const Svd<T>& s, bool first) {
 template <typename T>
 struct Rotation {
   T on_x, on_y;  // x̃ ← c x̃ + on_x ỹ, ỹ ← c ỹ − on_y x̃
-  Real<T> c;
+  Real<T> lost;  // 1 − c, which keeps the digits that c would round away, rotation after rotation
   bool wanted;
 
   __device__ Rotation(Real<T> alpha, Real<T> beta, T g, Real<T> d_x, Real<T> d_y, Real<T> tolerance) {
@@ -168,7 +171,8 @@ struct Rotation {
     const R delta = fmax(alpha - r2 * beta, R(0)), h = R(2) * r * gamma;
     const R tau = R(2) * gamma / (delta + sqrt(delta * delta + h * h));
     const R t = r * tau;
-    c = R(1) / sqrt(R(1) + t * t);
+    const R root = sqrt(R(1) + t * t), c = R(1) / root;
+    lost = t * t * c / (R(1) + root);
     const T e = g * (c * tau / gamma);
     on_x = conj(e) * r2;
     on_y = e;
@@ -176,8 +180,8 @@ struct Rotation {
 
   __device__ __forceinline__ void apply(T& x, T& y) const {
     const T old = x;
-    x = x * c + on_x * y;
-    y = y * c - on_y * old;
+    x = x + (on_x * y - x * lost);
+    y = y - (on_y * old + y * lost);
   }
 };
 
@@ -256,6 +260,7 @@ __device__ void jacobi(const Team& team, const Svd<T>& s) {
 // K becomes U = Q J.
 template <typename T>
 __device__ void left_vectors(const Team& team, const Svd<T>& s) {
+  using R = Real<T>;
   for (int c = team.group; c < team.rounds(s.n); c += team.groups) {
     const bool mine = c < s.n;
     T* u = s.column_k(mine ? c : 0);
@@ -263,6 +268,9 @@ __device__ void left_vectors(const Team& team, const Svd<T>& s) {
       for (int i = team.lane; i < s.n; i += team.width) u[i] = u[i] * s.d[c];
     for (int k = s.n - 1; k >= 0; --k)
       if (s.nu[k] > 0) Reflector<T>(s.column_a(k), k, s.rows, s.nu[k]).apply(team, u, mine);
+    const R norm = safe_norm(team, u, 0, mine ? s.rows : 0);
+    if (mine)
+      for (int i = team.lane; i < s.rows; i += team.width) u[i] = u[i] * (R(1) / norm);
   }
   team.sync();
 }
