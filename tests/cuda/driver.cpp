@@ -15,7 +15,7 @@ using Bytes = std::vector<unsigned char>;
 
 Bytes read(int64_t size) {
   Bytes bytes(static_cast<size_t>(size));
-  if (std::fread(bytes.data(), 1, bytes.size(), stdin) != bytes.size()) std::exit(3);
+  if (size > 0 && std::fread(bytes.data(), 1, bytes.size(), stdin) != bytes.size()) std::exit(3);
   return bytes;
 }
 
@@ -24,7 +24,7 @@ Bytes unwritten(int64_t size) {
 }
 
 void write(const Bytes& bytes) {
-  std::fwrite(bytes.data(), 1, bytes.size(), stdout);
+  if (!bytes.empty()) std::fwrite(bytes.data(), 1, bytes.size(), stdout);
 }
 
 }  // namespace
