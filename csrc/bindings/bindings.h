@@ -14,6 +14,7 @@ namespace kd {
 namespace py = pybind11;
 
 void bind_common(py::module_& m);
+void bind_cuda(py::module_& m);
 void bind_hankel(py::module_& m);
 void bind_lora_linear(py::module_& m);
 void bind_projection_alignment(py::module_& m);

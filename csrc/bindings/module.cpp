@@ -8,4 +8,10 @@ PYBIND11_MODULE(_C, m) {
   kd::bind_lora_linear(m);
   kd::bind_projection_alignment(m);
   kd::bind_svd(m);
+#ifdef KD_CUDA_ARCHITECTURES
+  kd::bind_cuda(m);
+  m.attr("cuda_architectures") = KD_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_architectures") = "";  // built without CUDA
+#endif
 }

@@ -67,6 +67,7 @@ def native_module() -> dict[str, Any]:
         "file": module.__file__,
         "isa": module.isa(),
         "isas": list(module.isas()),
+        "cuda_architectures": module.cuda_architectures.split(),
         "KDKERNELS_ISA": forced,
     }
 
