@@ -38,6 +38,22 @@ def why_not() -> str | None:
     return None if _error is None else f"the compiled module cannot be loaded ({_error})"
 
 
+def why_not_cuda() -> str | None:
+    """None when the compiled module has CUDA kernels, else the reason in one line."""
+    if _module is None:
+        return why_not()
+    return None if _module.cuda_architectures else "the compiled module was built without CUDA (KDKERNELS_CUDA)"
+
+
+def launch(name: str, device: torch.device, *arguments: object) -> None:
+    """Enqueue a CUDA kernel on torch's current stream, with the scratch memory that it wants."""
+    function = getattr(module(), name)
+    with torch.cuda.device(device):
+        size = function(*arguments, None, 0)
+        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+        function(*arguments, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """What the compiled module calls a dtype."""
     return str(dtype).removeprefix("torch.")

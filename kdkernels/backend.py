@@ -55,6 +55,15 @@ class Implementation:
         return self.why_not()
 
 
+def small(op: str, native: tuple[str, ...], reference: tuple[str, ...]) -> tuple[Implementation, ...]:
+    """The rows of an operator on batches of small matrices, and their methods."""
+    return (
+        Implementation(op, "native", ("cpu",), REAL_OR_COMPLEX, native, _native.why_not),
+        Implementation(op, "native", ("cuda",), REAL_OR_COMPLEX, native, _native.why_not_cuda),
+        Implementation(op, "reference", (), REAL_OR_COMPLEX, reference),
+    )
+
+
 TABLE: tuple[Implementation, ...] = (
     Implementation("projection_alignment_loss", "triton", ("cuda",), GPU_FLOATS, ("direct", "gram"), triton_why_not),
     Implementation("projection_alignment_loss", "native", ("cpu",), FLOATS, ("direct", "gram"), _native.why_not),
@@ -62,16 +71,10 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("lora_linear", "triton", ("cuda",), GPU_FLOATS, ("fused",), triton_why_not),
     Implementation("lora_linear", "native", ("cpu",), FLOATS, ("fused",), _native.why_not),
     Implementation("lora_linear", "reference", (), ANY_DTYPE, ("eager",)),
-    Implementation("svd", "native", ("cpu",), REAL_OR_COMPLEX, ("jacobi", "lapack"), _native.why_not),
-    Implementation("svd", "reference", (), REAL_OR_COMPLEX, ("lapack",)),
-    Implementation("svdvals", "native", ("cpu",), REAL_OR_COMPLEX, ("jacobi", "lapack"), _native.why_not),
-    Implementation("svdvals", "reference", (), REAL_OR_COMPLEX, ("lapack",)),
-    Implementation("gramian_factors", "native", ("cpu",), REAL_OR_COMPLEX, ("generator",), _native.why_not),
-    Implementation("gramian_factors", "reference", (), REAL_OR_COMPLEX, ("generator",)),
-    Implementation(
-        "hankel_singular_values", "native", ("cpu",), REAL_OR_COMPLEX, ("jacobi", "lapack"), _native.why_not
-    ),
-    Implementation("hankel_singular_values", "reference", (), REAL_OR_COMPLEX, ("lapack",)),
+    *small("svd", ("jacobi", "lapack"), ("lapack",)),
+    *small("svdvals", ("jacobi", "lapack"), ("lapack",)),
+    *small("gramian_factors", ("generator",), ("generator",)),
+    *small("hankel_singular_values", ("jacobi", "lapack"), ("lapack",)),
     Implementation("hankel_energy", "reference", (), REAL_OR_COMPLEX, ("trace",)),
 )
 
@@ -112,6 +115,7 @@ def choose(op: str, requested: str, device: str, dtypes: Iterable[torch.dtype]) 
     if wanted != "auto":
         if not rows:
             raise ValueError(f"backend={wanted!r}: {op} has no such implementation")
+        rows.sort(key=lambda row: device not in row.devices)  # the one for this device says best why not
         objections = [row.objection(device, dtypes) for row in rows]
         if None in objections:
             return rows[objections.index(None)]
@@ -182,7 +186,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 def passed_over(op: str, chosen: Implementation, device: str, dtypes: Iterable[torch.dtype]) -> dict[str, str]:
     """Why the other backends of `op` were not chosen."""
     dtypes = tuple(dtypes)
-    rows = [row for row in TABLE if row.op == op and row is not chosen]
+    rows = [row for row in TABLE if row.op == op and row.backend != chosen.backend]
+    rows.sort(key=lambda row: device in row.devices)  # of two of one backend, the one for this device has the word
     order = TABLE.index
     return {
         row.backend: row.objection(device, dtypes)

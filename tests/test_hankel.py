@@ -8,7 +8,7 @@ import torch
 import kdkernels as kd
 from kdkernels.ops.hankel import schema
 from kdkernels.ops.svd.native import CROSSOVER
-from kdkernels.testing.hankel.checks import CASES, compare_case, elsewhere, largest_error, suits
+from kdkernels.testing.hankel.checks import CASES, checks, compare_case, elsewhere, largest_error, suits
 from kdkernels.testing.hankel.inputs import FAMILIES, SSM, make_systems, reference_values
 
 native_only = pytest.mark.native
@@ -452,3 +452,10 @@ def test_poles_that_only_round_to_the_circle_are_inside():
         kd.gramian_factors(pole, torch.ones(1, 1), torch.ones(1, 1)).ranks("0.1")
     with pytest.raises(ValueError, match="tolerance is -1"):
         kd.gramian_factors(pole, torch.ones(1, 1), torch.ones(1, 1)).ranks(-1)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    found = {str(check): check.run() for check in checks(quick=True) if check.device == "cuda"}
+    assert found
+    assert not [(name, d) for name, report in found.items() for d in report if not d.ok]

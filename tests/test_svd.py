@@ -5,7 +5,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.ops.svd import gradient, lapack, native, schema
-from kdkernels.testing.svd.checks import CASES, QUICK, compare_case
+from kdkernels.testing.svd.checks import CASES, QUICK, checks, compare_case
 from kdkernels.testing.svd.inputs import make_matrices
 
 native_only = pytest.mark.native
@@ -281,3 +281,10 @@ def test_explain_says_where_jacobi_ends():
     n = native.CROSSOVER + 1
     assert kd.explain(kd.svdvals, torch.ones(2, n, n)).method == "lapack"
     assert set(QUICK) <= set(CASES)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    found = {str(check): check.run() for check in checks(quick=True) if check.device == "cuda"}
+    assert found
+    assert not [(name, d) for name, report in found.items() for d in report if not d.ok]

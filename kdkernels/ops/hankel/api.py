@@ -54,7 +54,7 @@ def gramian_factors(Lambda: Operand, B: Operand, C: Operand, *, backend: str = "
         B: (..., n, m).
         C: (..., p, n). Leading dimensions broadcast, dtypes are promoted to a common one. Or each a list of such
             tensors, systems of different sizes.
-        backend: `"auto"`, `"reference"` or `"native"` (CPU). One that was asked for by name and cannot serve raises.
+        backend: `"auto"`, `"reference"` or `"native"`. One that was asked for by name and cannot serve raises.
 
     Returns:
         `GramianFactors`, for lists a list of them. Differentiable on the reference only.
@@ -104,7 +104,7 @@ def hankel_singular_values(
         horizon: count L steps only: P = Σ_{k<L} Λ^k BBᴴ Λ*^k, Q likewise. None: all of them, for which |λ| < 1.
             With a horizon any λ is served.
         real_output: the output is Re(Ch): the values of the real system of order 2n, (Λ, B, C/2) beside its conjugate.
-        backend: `"auto"`, `"reference"` or `"native"` (CPU). One that was asked for by name and cannot serve raises.
+        backend: `"auto"`, `"reference"` or `"native"`. One that was asked for by name and cannot serve raises.
 
     Returns:
         (..., n), or (..., 2n) for `real_output`, real; for lists a list of them. A system with a NaN or an infinity

@@ -1,6 +1,6 @@
-"""Gramian factors and Hankel singular values in C++ on the CPU; above a crossover their decomposition is LAPACK's.
+"""Gramian factors and Hankel singular values in C++; above a crossover their decomposition is torch.linalg's.
 
-The kernels are in csrc/cpu/hankel.cpp, their formulas in csrc/include/kdkernels/hankel.h.
+The kernels are in csrc/cpu/hankel.cpp and csrc/cuda/hankel.cu, their formulas in csrc/include/kdkernels/hankel.h.
 """
 
 import torch
@@ -67,5 +67,8 @@ def run(Lambda: Tensor, B: Tensor, C: Tensor, **rooms: Tensor) -> None:
         return
     operands = [x.resolve_conj().resolve_neg().contiguous() for x in (Lambda, B, C)]  # alive until the call is over
     views = [_native.view(flat(x)) for x in (*operands, *(rooms.get(name) for name in ROOMS))]
-    threads = torch.get_num_threads()
-    _native.module().hankel(*views[:3], n, m, C.shape[-2], B.is_complex(), *views[3:], threads)
+    arguments = (*views[:3], n, m, C.shape[-2], B.is_complex(), *views[3:])
+    if B.is_cuda:
+        _native.launch("cuda_hankel", B.device, *arguments)
+    else:
+        _native.module().hankel(*arguments, torch.get_num_threads())

@@ -31,7 +31,7 @@ def svd(matrix: Tensor, *, backend: str = "auto") -> SVD:
 
     Args:
         matrix: (..., rows, cols), real or complex, float32 or float64.
-        backend: `"auto"`, `"reference"` or `"native"` (CPU). One that was asked for by name and cannot serve raises.
+        backend: `"auto"`, `"reference"` or `"native"`. One that was asked for by name and cannot serve raises.
 
     Returns:
         U (..., rows, k), S (..., k) real and descending, Vh (..., k, cols), with k = min(rows, cols). A matrix with a

@@ -36,7 +36,7 @@ def in_parallel(function: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor)
     The threads end with the call: a pool that outlived it would be dead in a forked process.
     """
     threads = min(torch.get_num_threads(), len(batch))
-    if threads < 2:
+    if threads < 2 or batch.is_cuda:
         with torch.no_grad():
             return tuple(x.contiguous() for x in function(batch))
 

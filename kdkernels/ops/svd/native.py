@@ -1,6 +1,6 @@
-"""Small matrices in C++ on the CPU, each in a SIMD lane; larger ones by LAPACK, in parallel over the batch.
+"""Small matrices in C++, each in a SIMD lane on the CPU, each in a few warps on a GPU; larger ones by torch.linalg.
 
-The kernels are in csrc/cpu/svd.cpp, their formulas in csrc/include/kdkernels/svd.h.
+The kernels are in csrc/cpu/svd.cpp and csrc/cuda/svd.cu, their formulas in csrc/include/kdkernels/svd.h.
 """
 
 import torch
@@ -29,7 +29,11 @@ def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor
     if N and cols:
         tall = tall.contiguous()
         views = [_native.view(flat(x)) for x in (tall, values, left, right)]
-        _native.module().svd(views[0], rows, cols, matrix.is_complex(), *views[1:], torch.get_num_threads())
+        arguments = (views[0], rows, cols, matrix.is_complex(), *views[1:])
+        if matrix.is_cuda:
+            _native.launch("cuda_svd", matrix.device, *arguments)
+        else:
+            _native.module().svd(*arguments, torch.get_num_threads())
     if left is None or right is None:
         return None, values, None
     if wide:

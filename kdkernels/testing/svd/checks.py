@@ -21,6 +21,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "graded": {"kind": "graded", "rows": 16, "cols": 16},
     "repeated": {"kind": "repeated"},
     "low rank": {"kind": "low rank", "rows": 12, "cols": 9},
+    "zero": {"kind": "zero"},
     "many": {"N": 70, "rows": 16, "cols": 16},
 }
 CASES: dict[str, dict[str, Any]] = QUICK | {
@@ -29,7 +30,6 @@ CASES: dict[str, dict[str, Any]] = QUICK | {
     "one row": {"rows": 1},
     "no matrices": {"N": 0},
     "no columns": {"cols": 0},
-    "zero": {"kind": "zero"},
     "33 columns": {"N": 3, "rows": 40, "cols": 33},
     "64 columns": {"N": 9, "rows": 64, "cols": 64},
     "above the crossover": {"N": 3, "rows": 120, "cols": 110},
