@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(RUN) -m kdtrainer digits --compare --out $(OUT)/digits
 
 test: $(STAMP)
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto --dist loadfile
 
 bench: $(STAMP)
 	$(RUN) -m kdkernels bench --json $(OUT)/bench.json --png $(OUT)/bench.png
