@@ -178,3 +178,17 @@ def test_wrong_arguments_are_named(function, markov, rank, error, message):
 def test_era_needs_a_block_row_to_shift():
     with pytest.raises(ValueError, match="rank is 3, but must be at most 2: p times one less than the block rows"):
         kd.era(torch.ones(5, 1, 2), 3)
+
+
+@pytest.mark.parametrize(("T", "rank"), ((3, 1), (5, 1), (5, 2), (6, 2), (401, 1)))
+def test_a_pure_delay_that_the_last_block_row_alone_sees(T, rank):
+    markov = torch.zeros(T, 1, 1, dtype=torch.float64)
+    markov[-1] = 1
+    assert all(x.abs().max() <= 1 for x in kd.era(markov, rank))
+
+
+def test_no_states_from_the_rounding_of_float32():
+    times = torch.arange(40)
+    markov = (0.9**times + 0.5**times)[:, None, None]
+    poles = torch.linalg.eigvals(kd.era(markov, 6).A).abs().sort(descending=True)[0]
+    torch.testing.assert_close(poles, torch.tensor([0.9, 0.5, 0, 0, 0, 0]), rtol=1e-4, atol=1e-4)

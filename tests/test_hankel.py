@@ -454,6 +454,41 @@ def test_poles_that_only_round_to_the_circle_are_inside():
         kd.gramian_factors(pole, torch.ones(1, 1), torch.ones(1, 1)).ranks(-1)
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("n", (29, 32, 64, 100))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
+def test_values_beyond_the_range_of_float32_are_no_nan(n, dtype):
+    Lambda, B, C = torch.exp(-0.05 * torch.arange(1, n + 1)).to(dtype), torch.ones(n, 1), torch.ones(1, n)
+    found = kd.hankel_singular_values(Lambda, B, C, backend="native").double()
+    exact = kd.hankel_singular_values(Lambda.to(torch.complex128), B, C, backend="native")
+    inside = exact > 1e-36
+    assert ((found - exact).abs() <= 1e-3 * exact)[inside].all()
+    assert (found[~inside] < 1e-35).all()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("scale", (1e3, 1e12, 1e25))
+def test_states_in_units_that_are_far_apart(scale):
+    Lambda, units = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([scale, 1, 1 / scale])
+    found = kd.hankel_singular_values(Lambda, units[:, None], 1 / units[None], backend="native")
+    torch.testing.assert_close(found, kd.hankel_singular_values(Lambda, torch.ones(3, 1), torch.ones(1, 3)))
+    wide = [x.double().requires_grad_() for x in (Lambda, units[:, None], 1 / units[None])]
+    grads = [
+        torch.autograd.grad(kd.hankel_singular_values(*wide, backend=backend).sum(), wide)
+        for backend in ("native", "reference")
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+def test_poles_a_hair_apart_have_gradients_and_truncations():
+    Lambda = (0.9 + 1e-8 * torch.arange(32, dtype=torch.float64)).requires_grad_()
+    B = torch.ones(32, 1, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(kd.hankel_singular_values(Lambda, B, B.mT).sum(), Lambda)
+    assert grad.isfinite().all()
+    assert kd.balanced_truncation(Lambda.detach(), B, B.mT, rank=2).rank == 2
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     found = {str(check): check.run() for check in checks(quick=True) if check.device == "cuda"}

@@ -283,6 +283,26 @@ def test_explain_says_where_jacobi_ends():
     assert set(QUICK) <= set(CASES)
 
 
+@pytest.mark.native
+def test_columns_at_the_end_of_the_range_are_no_nan():
+    e = 1e-44
+    for matrix in (
+        torch.tensor([[1, e, 3 * e], [1, 2 * e, e], [1, 5 * e, 9 * e]]),
+        torch.diag(10.0 ** torch.linspace(0, -60, 32)) @ make_matrices(1, 32, 32)[0],
+    ):
+        for x in (*kd.svd(matrix, backend="native"), kd.svdvals(matrix.mT, backend="native")):
+            assert x.isfinite().all()
+        torch.testing.assert_close(kd.svdvals(matrix)[0], torch.linalg.svdvals(matrix)[0])
+
+
+@pytest.mark.native
+def test_gradients_are_not_cast():
+    matrix = make_matrices(3, 8, 8).requires_grad_()
+    expected = torch.autograd.grad(kd.svdvals(matrix).sum(), matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(kd.svdvals(matrix, backend="native").sum(), matrix), expected)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     found = {str(check): check.run() for check in checks(quick=True) if check.device == "cuda"}

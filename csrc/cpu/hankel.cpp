@@ -46,7 +46,7 @@ class Systems {
  public:
   static int64_t vectors(const Hankel& call) {
     const int64_t n = call.n, io = max(call.m, call.p);
-    return N::parts * (n + n * io + io + (2 + 2 * wants_vectors(call)) * n * n) + 2 * n + io + (n + 1) +
+    return N::parts * (n + n * io + io + (2 + 2 * wants_vectors(call)) * n * n) + 3 * n + io + (n + 1) +
            Decomposition<N>::vectors(n, n, wants_vectors(call));
   }
   static bool wants_vectors(const Hankel& call) { return call.T || call.W; }
@@ -72,6 +72,7 @@ class Systems {
     cosine_ = take(io);
     den_ = take(n_);
     inverse_den_ = take(n_);
+    unit_ = take(n_);
     residual_ = take(n_ + 1);
     rest_ = memory;
   }
@@ -81,17 +82,23 @@ class Systems {
     const bool both = wants_spectrum(call_);
     // Both sides are read before either is factored: what is bad in one of them spoils the system.
     read_outputs();
+    for (int64_t i = 0; i < n_; ++i) unit_[i] = largest_of(generators_ + i * call_.p, call_.p);
     const Mask<T> bad_outputs = not_finite(generators_, n_ * call_.p);
     read_inputs();
     bad_ |= bad_outputs | not_finite(generators_, n_ * call_.m);
+    choose_units();
     for (int64_t i = 0; i < n_; ++i) {
       lambda_[i] = select(bad_, N{}, lambda_[i]);
       den_[i] = bad_ ? broadcast<T>(1) : den_[i];
     }
     V scale_c = broadcast<T>(1), scale_o = broadcast<T>(1);
-    if (both || call_.factor_c || call_.residual_c) scale_c = factor(call_.m, Lc_, call_.factor_c, call_.residual_c);
+    if (both || call_.factor_c || call_.residual_c) {
+      for (int64_t k = 0; k < n_ * call_.m; ++k) generators_[k] = generators_[k] * unit_[k / call_.m];
+      scale_c = factor(call_.m, Lc_, call_.factor_c, call_.residual_c);
+    }
     if (both || call_.factor_o || call_.residual_o) {
       read_outputs();
+      for (int64_t k = 0; k < n_ * call_.p; ++k) generators_[k] = generators_[k] * (1 / unit_[k / call_.p]);
       for (int64_t i = 0; i < n_; ++i) lambda_[i] = conj(lambda_[i]);
       scale_o = factor(call_.p, Lo_, call_.factor_o, call_.residual_o);
     }
@@ -99,6 +106,28 @@ class Systems {
   }
 
  private:
+  static V largest_of(const N* x, int64_t count) {
+    V largest{};
+    for (int64_t k = 0; k < count; ++k) {
+      const V part = largest_part(x[k]);
+      largest = largest < part ? part : largest;
+    }
+    return largest;
+  }
+
+  // Units of the states, powers of two, in which a state's row of B and column of C are of one size: σ does not depend
+  // on units, but squares of rows that are far apart would leave the range. unit_ holds the columns' largest parts.
+  // Factors and residuals are asked for in the units given.
+  void choose_units() {
+    const bool free = !call_.factor_c && !call_.factor_o && !call_.residual_c && !call_.residual_o;
+    for (int64_t i = 0; i < n_; ++i) {
+      const V in = largest_of(generators_ + i * call_.m, call_.m), out = unit_[i], one = broadcast<T>(1);
+      const V ratio = square_root<T>(unit_scale<T>(in)) / square_root<T>(unit_scale<T>(out));
+      const V unit = 1 / unit_scale<T>(ratio);
+      unit_[i] = free & ~bad_ & (in > 0) & (out > 0) ? unit : one;
+    }
+  }
+
   void read_poles() {
     read_numbers(Group<T>(call_.Lambda, index_), n_, lambda_);
     bad_ = not_finite(lambda_, n_);
@@ -157,7 +186,11 @@ class Systems {
 
   void project_and_write(const N* L, const N* vectors, int64_t stride, const V* scale, V balance, const View& view) {
     project(n_, L, vectors, stride, scale, projected_);
-    for (int64_t k = 0; k < n_ * n_; ++k) projected_[k] = projected_[k] * balance;
+    const bool inputs = L == Lc_;
+    for (int64_t k = 0; k < n_ * n_; ++k) {
+      const V unit = unit_[k % n_];
+      projected_[k] = projected_[k] * (balance * (inputs ? 1 / unit : unit));
+    }
     write_columns(Group<T>(view, index_), n_, n_, projected_, n_, bad_);
   }
 
@@ -167,7 +200,7 @@ class Systems {
   int64_t index_, n_;
   Mask<T> bad_;
   N *lambda_, *generators_, *sine_, *Lc_, *Lo_, *left_ = nullptr, *projected_ = nullptr;
-  V *cosine_, *den_, *inverse_den_, *residual_, *rest_;
+  V *cosine_, *den_, *inverse_den_, *unit_, *residual_, *rest_;
 };
 
 template <class N>

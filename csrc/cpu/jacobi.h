@@ -237,16 +237,21 @@ class Jacobi {
     V d = c.d / square_root<T>(c.w);
     const V left = d * c.inverse_start;
     const Mask<T> noise = mask & (left * left * size <= Format<T>::epsilon * Format<T>::epsilon);
+    d = d > 0 ? d : broadcast<T>(Format<T>::smallest);
     const Mask<T> far = mask & ((size < T(0x1p-10)) | (size > T(0x1p10))) & (size > 0);
     V scale = one, along = one;
-    if (any(far | noise)) {
+    const Mask<T> low = mask & (d < Format<T>::smallest);  // its inverse must be finite
+    if (any(far | noise | low)) {
       along = unit_scale<T>(square_root<T>(size));
       along = far & ~noise ? along : one;
+      const V room = d / Format<T>::smallest;
+      along = (far | low) & ~noise & (room < along) ? room : along;
       scale = noise ? V{} : along;
       for (int64_t i = 0; i < rows_; ++i) x[i] = x[i] * scale;
       for (int64_t i = rows_; i < rows_ + extra_; ++i) x[i] = x[i] * along;
     }
     d = d / along;
+    d = d < Format<T>::smallest ? broadcast<T>(Format<T>::smallest) : d;
     c.norm = mask ? size * (scale * scale) : c.norm;
     c.inverse_d = mask ? 1 / d : c.inverse_d;
     c.d = mask ? d : c.d;

@@ -183,12 +183,12 @@ struct Format;
 template <>
 struct Format<float> {
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr float epsilon = 0x1p-23f, largest = 0x1.fffffep127f, split = 4097.f;
+  static constexpr float epsilon = 0x1p-23f, smallest = 0x1p-126f, largest = 0x1.fffffep127f, split = 4097.f;
 };
 template <>
 struct Format<double> {
   static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double epsilon = 0x1p-52, largest = 0x1.fffffffffffffp1023, split = 134217729.;
+  static constexpr double epsilon = 0x1p-52, smallest = 0x1p-1022, largest = 0x1.fffffffffffffp1023, split = 134217729.;
 };
 
 // The power of two that brings x > 0 into [1, 2), or as near as powers of two in the normal range do; 1 for x = 0.

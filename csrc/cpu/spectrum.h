@@ -152,7 +152,8 @@ struct Decomposition {
     for (int64_t i = 0; i < cols; ++i) x[i] = x[i] * inverse;
     V length2{};
     for (int64_t i = 0; i < cols; ++i) {
-      x[padded + i] = x[padded + i] * (d * columns[i].inverse_start);
+      const V ratio = d * columns[i].inverse_start;  // where it is out of range J̃ is 0
+      x[padded + i] = x[padded + i] * (ratio > Format<T>::largest ? broadcast<T>(Format<T>::largest) : ratio);
       length2 += abs2(x[padded + i]);
     }
     const V unit = 1 / square_root<T>(length2);

@@ -39,8 +39,8 @@ def balance(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[
         Lambda, B, C = map(wide, (Lambda, B, C))
         sigma, T, W = Lambda.new_empty(N, n, dtype=torch.float64), B.new_empty(N, n, n), B.new_empty(N, n, n)
         run(Lambda, B, C, values=sigma, T=T, W=W)
-        keep = (~negligible(sigma)).unsqueeze(-2)
-        return sigma, T.mul_(keep), W.mul_(keep)
+        lost = negligible(sigma).unsqueeze(-2)
+        return sigma, T.masked_fill_(lost, 0), W.masked_fill_(lost, 0)
     L_c, L_o = wide_factors(Lambda, B, C, horizon)
     U, sigma, Vh = native.svd(L_o.mH @ L_c, vectors=True)
     assert U is not None and Vh is not None

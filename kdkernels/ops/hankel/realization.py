@@ -21,6 +21,7 @@ CONTRACT = Contract(REAL_OR_COMPLEX, markov="... T p m")
 DENSE = 192  # the smaller side up to which the matrix is formed
 OVERSAMPLE = 10
 ITERATIONS = 60
+SEEN = 1e-10  # of a direction of the states, by all block rows but the last
 SETTLED = 1e-13  # relative to the largest: a change that ends the iteration
 SEED = 0
 
@@ -96,7 +97,8 @@ def hankel_svd(markov: Tensor, rank: int) -> SVD:
         U (..., pL, r), S (..., r) descending, Vh (..., r, mK), in the dtype of `markov`. NaN or an infinity in one
         sequence gives NaN there.
 
-    Only S has a gradient, once; those of U and Vh, and second ones, are errors.
+    Runs eagerly: it is not for torch.compile. Only S has a gradient, once; those of U and Vh, and second ones, are
+    errors.
 
     Raises:
         TypeError: markov is no tensor of these dtypes.
@@ -139,14 +141,13 @@ def era(markov: Tensor, rank: int) -> Realization:
     if rank > p * (L - 1):
         raise ValueError(f"rank is {rank}, but must be at most {p * (L - 1)}: p times one less than the block rows")
     U, S, Vh = _leading(markov.detach(), rank)
-    kept = S[:, :1] * max(U.shape[1], Vh.shape[2]) * torch.finfo(torch.float64).eps < S
-    root = torch.where(kept, S, 0).sqrt()
+    kept = S[:, :1] * max(U.shape[1], Vh.shape[2]) * torch.finfo(markov.dtype).eps < S
+    root = torch.where(kept, S, 0).sqrt() + 0 * S
     inverse = torch.where(kept, S, torch.inf).rsqrt()
-    U = torch.where(kept.unsqueeze(-2) | S.isnan().unsqueeze(-2), U, 0)
-    # the shift: U without its last block row times A' is U without its first; the columns that are 0 stay out
+    U = torch.where(kept.unsqueeze(-2), U, 0)
+    # the shift: U without its last block row times A' is U without its first; what only the last row sees has no next
     Q, R = torch.linalg.qr(U[:, :-p])
-    R = R + torch.diag_embed((~kept).to(R.dtype))
-    A = torch.linalg.solve_triangular(R, Q.mH @ U[:, p:], upper=True)
+    A = torch.linalg.pinv(R, atol=SEEN, rtol=0) @ (Q.mH @ U[:, p:])
     A = inverse.unsqueeze(-1) * A * root.unsqueeze(-2)
     found = (A, root.unsqueeze(-1) * Vh[..., :m], U[:, :p] * root.unsqueeze(-2))
     guarded = (never(x, markov, "era has no gradient") for x in found)

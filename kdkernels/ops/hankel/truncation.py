@@ -68,7 +68,7 @@ def balanced_truncation(
 ) -> Any:
     """The diagonal system of lower order r that keeps the largest Hankel singular values of h⁺ = Λh + Bu, y = Ch.
 
-    Everything is computed in float64, without gradients.
+    Everything is computed in float64, without gradients, eagerly: it is not for torch.compile.
 
     Args:
         Lambda: (..., n), real or complex, float32 or float64, |λ| < 1.
@@ -146,7 +146,7 @@ def _needed(sigma: Tensor, tolerance: float) -> int:
     short = sigma.cumsum(-1) < (1 - tolerance) * total
     # the last sum is the total but for its rounding
     ranks = (short[..., :-1].sum(-1) + 1) if sigma.shape[-1] else short.sum(-1)
-    return int(ranks.max()) if ranks.numel() else 0
+    return int(ranks.max()) if ranks.numel() else sigma.shape[-1]
 
 
 def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> BalancedTruncation | None:

@@ -50,7 +50,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, dU: Tensor | None, dS: Tensor | None, dVh: Tensor | None) -> tuple[Any, ...]:
     U, S, Vh = ctx.saved_tensors
-    return gradient.backward(U, S, Vh, dU, dS, dVh), None
+    with torch.autocast(U.device.type, enabled=False):
+        return gradient.backward(U, S, Vh, dU, dS, dVh), None
 
 
 svd.register_autograd(_differentiate, setup_context=_save)
