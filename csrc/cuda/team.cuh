@@ -11,9 +11,9 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kWarpMask = 0xffffffffu;
 constexpr int kMaxWarps = 16;
 
-// Threads of a block: 128 registers each; complex doubles need more.
+// Threads of a block: 128 registers each; doubles need more.
 template <typename T>
-constexpr int kMaxThreads = sizeof(T) == 16 ? 256 : 512;
+constexpr int kMaxThreads = sizeof(Real<T>) == 8 ? 256 : 512;
 
 struct TeamShape {
   int threads;  // of a team: a warp, or several, which are then a block

@@ -144,6 +144,7 @@ def show_native(found: dict[str, Any]) -> None:
         forced = f", forced by KDKERNELS_ISA={found['KDKERNELS_ISA']}" if found["KDKERNELS_ISA"] else ""
         print(f"compiled module: {found['file']}")
         print(f"  instruction set {found['isa']}{forced}; this CPU has {', '.join(found['isas'])}")
+        print(f"  CUDA kernels: {', '.join(found['cuda_architectures']) or 'none, built without nvcc'}")
 
 
 def show_backends(rows: Any) -> None:
