@@ -19,6 +19,7 @@ from kdkernels.testing.hankel.inputs import FAMILIES, make_systems, reference_va
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "thread": "-fsanitize=thread"}
+# Not -O0: g++ would pass structs by value without telling TSan that it reads them.
 FLAGS = "-std=c++20 -Og -g1 -Wall -Wextra -Werror -ffp-contract=off -pthread"
 BUDGET = {torch.float32: 1e-3, torch.float64: 1e-9}  # relative, of every singular value
 DECADES = {torch.float32: 1e-30, torch.float64: 1e-200}  # what the format can hold beside the largest value
@@ -134,7 +135,7 @@ def test_every_hankel_singular_value(family, m, run_checked):
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
-@pytest.mark.parametrize(("n", "m", "p", "shared_limit"), [(1, 1, 1, 0), (5, 2, 3, 0), (7, 9, 1, 0), (6, 3, 2, 512)])
+@pytest.mark.parametrize(("n", "m", "p", "shared_limit"), [(1, 1, 1, 0), (5, 2, 3, 0), (5, 9, 1, 0), (6, 3, 2, 512)])
 def test_factors_residuals_and_projectors(n, m, p, shared_limit, is_complex, run):
     dtype = dtype_of(torch.float64, is_complex)
     Lambda, B, C = make_systems("LRU" if is_complex else "real", 2, n, m, p, dtype=dtype)
@@ -221,9 +222,9 @@ def test_svd(case, dtype, run_checked):
     check_svd(A, *svd(run_checked, A))
 
 
-@pytest.mark.parametrize(("case", "shared_limit"), [("3x4x4", 0), ("2x9x6", 600), ("1x18x18", 0), ("2x7x5", 4000)])
+@pytest.mark.parametrize(("case", "shared_limit"), [("3x4x4", 0), ("6x9x6", 600), ("1x18x18", 0), ("2x7x5", 4000)])
 def test_svd_has_no_races(case, shared_limit, run):
-    """A warp each; global memory; a block each; fewer teams than fit a block."""
+    """A warp each; in global memory, and one more than a block has teams; a block each; fewer teams than fit."""
     A = matrices(case, torch.complex64)
     check_svd(A, *svd(run, A, shared_limit))
 

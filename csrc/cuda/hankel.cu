@@ -213,14 +213,13 @@ struct Plan {
 
   explicit Plan(const CudaHankel& call) {
     const int64_t n = call.n, m = call.m > call.p ? call.m : call.p;
-    constexpr int64_t resident = 264;
     chunk = call.batch < kChunk ? call.batch : kChunk;
     shape = team_shape<T>(n, m, 1);
     bytes = Generator<T>::bytes(n, m);
     const int64_t limit = static_cast<int64_t>(shared_limit());
     in_shared = bytes <= limit;
     if (in_shared) shape.fit(bytes, limit);
-    factor_blocks = blocks_for(2 * chunk, shape, in_shared ? 2 * chunk : resident);
+    factor_blocks = blocks_for(2 * chunk, shape, in_shared ? 2 * chunk : kResidentBlocks);
     svd = SvdLaunch::plan<T>(chunk, n, n, call.T != nullptr);
     const auto aligned = [](int64_t size) { return (size + 15) / 16 * 16; };
     const int64_t factor = aligned(chunk * n * n * static_cast<int64_t>(sizeof(T)));

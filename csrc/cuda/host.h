@@ -62,20 +62,32 @@ struct Slot {
   std::atomic<uint64_t> value;
 };
 
-// A std::barrier of nothing but atomics, for TSan to understand also where it is told to ignore that they order memory.
+// While it lives, TSan takes no atomic operation of this thread for one that orders memory.
+struct Unordered {
+  Unordered() { AnnotateIgnoreSyncBegin(__FILE__, __LINE__); }
+  ~Unordered() { AnnotateIgnoreSyncEnd(__FILE__, __LINE__); }
+};
+
+// As std::barrier, but it orders exactly what it says: what came before it, and what comes after. The standard
+// library's threads also meet where they go to sleep and wake up, which hides races from TSan.
 class Barrier {
  public:
   explicit Barrier(unsigned size) : size_(size) {}
 
   void wait() {
-    const unsigned round = round_.load();
-    if (arrived_.fetch_add(1) + 1 == size_) {
-      arrived_.store(0);
-      round_.store(round + 1);
+    const unsigned round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      const Unordered quiet;
       round_.notify_all();
-    } else {
-      while (round_.load() == round) round_.wait(round);
+      return;
     }
+    {
+      const Unordered quiet;
+      while (round_.load(std::memory_order_relaxed) == round) round_.wait(round, std::memory_order_relaxed);
+    }
+    round_.load(std::memory_order_acquire);
   }
 
  private:
@@ -151,10 +163,8 @@ struct Thread {
   }
 
   const Slot* exchange(const char* operation, unsigned mask, uint64_t value) {
-    AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
-    const Slot* row = meet_warp(operation, mask, value);
-    AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
-    return row;
+    const Unordered quiet;
+    return meet_warp(operation, mask, value);
   }
 };
 inline thread_local Thread self;

@@ -272,7 +272,6 @@ __device__ void left_vectors(const Team& team, const Svd<T>& s) {
     if (mine)
       for (int i = team.lane; i < s.rows; i += team.width) u[i] = u[i] * (R(1) / norm);
   }
-  team.sync();
 }
 
 // s.a holds A on entry, with a sync behind it. On return x has the columns of V̂ (zero for σ = 0), K those of U, sigma
@@ -317,14 +316,13 @@ struct SvdLaunch {
 
   template <typename T>
   static SvdLaunch plan(int64_t batch, int64_t rows, int64_t n, bool vectors) {
-    constexpr int64_t resident = 264;  // blocks that share the workspace: two on each multiprocessor of an H100
     SvdLaunch plan;
     plan.shape = team_shape<T>((n + 1) / 2, n, kHeld);
     plan.bytes = Svd<T>::bytes(rows, n, vectors);
     const int64_t limit = static_cast<int64_t>(shared_limit());
     plan.in_registers = n <= kHeld * plan.shape.width && plan.bytes <= limit;
     if (plan.in_registers) plan.shape.fit(plan.bytes, limit);
-    plan.blocks = blocks_for(batch, plan.shape, plan.in_registers ? batch : resident);
+    plan.blocks = blocks_for(batch, plan.shape, plan.in_registers ? batch : kResidentBlocks);
     return plan;
   }
 

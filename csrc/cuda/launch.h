@@ -24,6 +24,9 @@ struct Launch {
 
 #ifdef __CUDACC__
 
+// Those that share a workspace, taking turns at the systems: two on each multiprocessor of an H100.
+constexpr int64_t kResidentBlocks = 264;
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
@@ -56,6 +59,8 @@ __device__ inline unsigned char* dynamic_shared() {
 }
 
 #else
+
+constexpr int64_t kResidentBlocks = 1;
 
 inline size_t host_shared_limit = 99 << 10;  // as on the smallest of the devices served
 inline size_t shared_limit() {
