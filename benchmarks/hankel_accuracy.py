@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.testing.hankel.inputs import FAMILIES, SSM, make_systems, reference_values
-from kdkernels.testing.hankel.workloads import by_cholesky, by_eigh, eig
+from kdkernels.testing.hankel.routes import by_cholesky, by_eigh, eig
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -9,12 +9,12 @@ from statistics import median
 import pytest
 
 from kdkernels.cli.bench import verdicts
-from kdkernels.testing import SUITES, suite
+from kdkernels.testing import SUITES, workloads
 from kdkernels.testing.rates import timed
 
 ROUNDS = 5
 QUICK = os.environ.get("QUICK") == "1"
-WORKLOADS = [workload for op in SUITES for workload in suite(op).workloads(QUICK)]
+WORKLOADS = [workload for op in SUITES for workload in workloads(op, QUICK)]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)

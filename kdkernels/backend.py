@@ -76,6 +76,9 @@ TABLE: tuple[Implementation, ...] = (
     *small("gramian_factors", ("generator",), ("generator",)),
     *small("hankel_singular_values", ("jacobi", "lapack"), ("lapack",)),
     Implementation("hankel_energy", "reference", (), REAL_OR_COMPLEX, ("trace",)),
+    *small("balanced_truncation", ("jacobi", "lapack"), ("lapack",)),
+    Implementation("hankel_svd", "reference", (), REAL_OR_COMPLEX, ("dense", "fft")),
+    Implementation("era", "reference", (), REAL_OR_COMPLEX, ("dense", "fft")),
 )
 
 _default = "auto"

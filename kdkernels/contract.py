@@ -10,7 +10,7 @@ spelled `*` broadcast. Tensors are real unless the contract lists its dtypes.
 """
 
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 import torch
@@ -124,6 +124,14 @@ def check_count(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a whole number of at least 1."""
     if not (is_whole(value) and value >= 1):
         raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise unless `value` is a number of at least 0, NumPy's included."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {type(value).__name__}, but must be a number")
+    if not float(value) >= 0:
+        raise ValueError(f"{name} is {value}, but must be at least 0")
 
 
 def show(shape: tuple[Any, ...]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import RED, print_table
-from kdkernels.testing import SUITES, workloads
+from kdkernels.testing import SUITES, names, operators, workloads
 from kdkernels.testing.compare import Deviation, poisoned_memory
 from kdkernels.testing.memory import peak_extra_bytes
 from kdkernels.testing.rates import Rates, measure_rates
@@ -54,7 +54,7 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench`."""
-    parser.add_argument("--op", choices=sorted(SUITES), action="append", help="only this operator (repeatable)")
+    parser.add_argument("--op", choices=names(), action="append", help="only this operator or family (repeatable)")
     parser.add_argument("--case", default="*", help="only cases whose name matches this pattern, such as '*D=4096*'")
     parser.add_argument("--quick", action="store_true", help="small sizes: a test of the benchmark, not of the speed")
     parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help="write JSON to PATH, or print it")
@@ -70,15 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     seconds = arguments.seconds if arguments.seconds is not None else (0.3 if arguments.quick else 30.0)
-    cases = [
-        workload
-        for op in arguments.op or SUITES
-        for workload in workloads(op, arguments.quick)
-        if fnmatch(workload.name, arguments.case)
-    ]
+    ops = [op for name in arguments.op or SUITES for op in operators(name)]
+    known = [workload for op in ops for workload in workloads(op, arguments.quick)]
+    cases = [workload for workload in known if fnmatch(workload.name, arguments.case)]
     if not cases:
-        names = "\n  ".join(w.name for op in arguments.op or SUITES for w in workloads(op, arguments.quick))
-        print(f"no case matches {arguments.case!r}; the cases are\n  {names}", file=sys.stderr)
+        listed = "\n  ".join(workload.name for workload in known)
+        print(f"no case matches {arguments.case!r}; the cases are\n  {listed}", file=sys.stderr)
         return 2
     rates = measure_rates(arguments.device, (torch.float32, torch.bfloat16), quick=arguments.quick)
     memory = not (arguments.no_memory or arguments.quick)

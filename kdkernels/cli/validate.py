@@ -13,7 +13,7 @@ from typing import Any
 from kdkernels.backend import BACKENDS, TABLE
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import DIM, RED, print_table
-from kdkernels.testing import SUITES, checks, suite
+from kdkernels.testing import SUITES, checks, names, operators, suite
 from kdkernels.testing.compare import Deviation, poisoned_memory
 
 COLUMNS = ("op", "backend", "method", "device", "dtype", "variant", "cases", "worst", "error", "budget", "")
@@ -51,7 +51,7 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `validate`."""
-    parser.add_argument("--op", choices=sorted(SUITES), action="append", help="only this operator (repeatable)")
+    parser.add_argument("--op", choices=names(), action="append", help="only this operator or family (repeatable)")
     parser.add_argument("--backend", choices=BACKENDS[1:], help="only this backend")
     parser.add_argument("--quick", action="store_true", help="the cases that tell most")
     parser.add_argument("-x", "--exitfirst", action="store_true", help="stop at the first check that fails")
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Validate, print, and return the exit code."""
-    ops = arguments.op or list(SUITES)
+    ops = [op for name in arguments.op or SUITES for op in operators(name)]
     results: list[Result] = []
     for op in ops:
         results += validate(op, arguments.backend, arguments.quick, arguments.exitfirst)

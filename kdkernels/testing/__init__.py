@@ -17,7 +17,20 @@ SUITES = {
     "gramian_factors": "kdkernels.testing.hankel",
     "hankel_singular_values": "kdkernels.testing.hankel",
     "hankel_energy": "kdkernels.testing.hankel",
+    "balanced_truncation": "kdkernels.testing.hankel",
+    "hankel_svd": "kdkernels.testing.hankel",
+    "era": "kdkernels.testing.hankel",
 }
+
+
+def operators(name: str) -> list[str]:
+    """The operator of that name, or all of the family: `hankel`."""
+    return [name] if name in SUITES else [op for op, module in SUITES.items() if module.endswith(f".{name}")]
+
+
+def names() -> list[str]:
+    """What `operators` knows."""
+    return sorted({*SUITES, *(module.rpartition(".")[2] for module in SUITES.values())})
 
 
 def suite(op: str) -> ModuleType:

@@ -1,16 +1,16 @@
 """`gramian_factors`, `hankel_singular_values` and `hankel_energy`: checks and the choice of implementation."""
 
-from functools import partial
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import check_count
+from kdkernels.contract import check_count, check_number
 from kdkernels.ops.hankel import reference, schema
 from kdkernels.ops.hankel.systems import Operand, Systems, check
+
+MOST_STEPS = 2**63 - 1  # what an operator's int holds
 
 
 class GramianFactors(NamedTuple):
@@ -29,17 +29,9 @@ class GramianFactors(NamedTuple):
         Raises:
             TypeError, ValueError: tolerance is no number of at least 0.
         """
-        check_tolerance(tolerance)
+        check_number("tolerance", tolerance)
         residuals = (self.controllability_residual, self.observability_residual)
         return tuple((r > tolerance * r[..., :1]).sum(-1) for r in residuals)  # type: ignore[return-value]
-
-
-def check_tolerance(value: object) -> None:
-    """Raise unless `value` is a number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"tolerance is {type(value).__name__}, but must be a number")
-    if not value >= 0:
-        raise ValueError(f"tolerance is {value}, but must be at least 0")
 
 
 def gramian_factors(Lambda: Operand, B: Operand, C: Operand, *, backend: str = "auto") -> Any:
@@ -67,7 +59,7 @@ def gramian_factors(Lambda: Operand, B: Operand, C: Operand, *, backend: str = "
             raise would need the device to be waited for.)
     """
     systems = check(Lambda, B, C)
-    chosen = _choose("gramian_factors", backend, systems)
+    chosen = choose("gramian_factors", backend, systems)
 
     def compute(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
         if chosen.backend == "reference":
@@ -119,8 +111,8 @@ def hankel_singular_values(
         ValueError: shapes, devices or options do not fit, or some |λ| ≥ 1 without a horizon. (On CUDA and in compiled
             code |λ| ≥ 1 gives NaN: to raise would need the device to be waited for.)
     """
-    systems, horizon = _systems(Lambda, B, C, horizon, real_output)
-    chosen = _choose("hankel_singular_values", backend, systems)
+    systems, horizon = arguments(Lambda, B, C, horizon, real_output)
+    chosen = choose("hankel_singular_values", backend, systems)
 
     def compute(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
         if chosen.backend == "reference":
@@ -150,19 +142,22 @@ def hankel_energy(
     Returns:
         (...), real; for lists a list of them.
     """
-    systems, horizon = _systems(Lambda, B, C, horizon, real_output)
-    _choose("hankel_energy", backend, systems)
+    systems, horizon = arguments(Lambda, B, C, horizon, real_output)
+    choose("hankel_energy", backend, systems)
     energy = systems.each(lambda Lambda, B, C: reference.hankel_energy(Lambda, B, C, horizon))
     if horizon is None:
         _refuse_unstable(systems, energy if systems.is_list else [energy])
     return energy
 
 
-def _systems(
+def arguments(
     Lambda: Operand, B: Operand, C: Operand, horizon: int | None, real_output: bool
 ) -> tuple[Systems, int | None]:
+    """The checked systems and horizon."""
     if horizon is not None:
         check_count("horizon", horizon)
+        if horizon > MOST_STEPS:
+            raise ValueError(f"horizon is {horizon}, but must be at most 2**63 - 1")
     if not isinstance(real_output, bool):
         raise TypeError(f"real_output is {type(real_output).__name__}, but must be a bool")
     systems = check(Lambda, B, C)
@@ -179,10 +174,15 @@ def _residual(x: Tensor, n: int) -> Tensor:
     return x[..., : n + 1]
 
 
-def _choose(op: str, backend: str, systems: Systems) -> backends.Implementation:
+def choose(op: str, backend: str, systems: Systems) -> backends.Implementation:
+    """The implementation that serves all the systems."""
+    return backends.choose(op, backend, *kinds(systems))
+
+
+def kinds(systems: Systems) -> tuple[str, set[torch.dtype]]:
+    """Device type and dtypes; of no systems those of nothing in particular."""
     tensors = [member.B for member in systems.members]
-    device = tensors[0].device.type if tensors else "cpu"
-    return backends.choose(op, backend, device, {x.dtype for x in tensors} or {torch.float32})
+    return tensors[0].device.type if tensors else "cpu", {x.dtype for x in tensors} or {torch.float32}
 
 
 def _refuse_unstable(systems: Systems, results: list[Tensor]) -> None:
@@ -193,46 +193,3 @@ def _refuse_unstable(systems: Systems, results: list[Tensor]) -> None:
         return
     if any(x.device.type == "cpu" and bool(x.detach().isnan().any()) for x in results):
         systems.refuse_unstable()
-
-
-def _explain(
-    op: str,
-    Lambda: Operand,
-    B: Operand,
-    C: Operand,
-    *,
-    horizon: int | None = None,
-    real_output: bool = False,
-    backend: str = "auto",
-) -> backends.Explanation:
-    from kdkernels.ops.svd.native import CROSSOVER
-
-    systems, _ = _systems(Lambda, B, C, horizon, real_output)
-    chosen = _choose(op, backend, systems)
-    flops = dict.fromkeys(("generator", "jacobi", "lapack", "trace"), 0)
-    moved, largest = 0, 0
-    for member in systems.members:
-        N, n, m, p = prod(member.leading), member.order, member.B.shape[-1], member.C.shape[-2]
-        real = N * (4 if member.B.is_complex() else 1)
-        generator = real * 6 * n * n * (min(m, n) + min(p, n))  # of both factors
-        flops["generator"] += generator
-        flops["jacobi"] += generator + real * (2 * n**3 + n**3 + 6 * 6 * n**3)  # M, its QR, six sweeps
-        flops["lapack"] += generator + real * (2 * n**3 + 3 * n**3)
-        flops["trace"] += real * 2 * n * n * (m + p + 3)
-        moved += N * member.B.element_size() * n * (2 + m + p)
-        largest = max(largest, n)
-    above = f"it serves up to {CROSSOVER} states" if largest > CROSSOVER else None
-    costs = tuple(
-        backends.Cost(name, flops[name], moved, above if name == "jacobi" else None)
-        for name in dict.fromkeys(m for row in backends.TABLE if row.op == op for m in row.methods)
-    )
-    method = next(m for m in chosen.methods if not (m == "jacobi" and above))
-    member = systems.members[0]
-    reasons = backends.passed_over(op, chosen, member.B.device.type, (member.B.dtype,))
-    return backends.Explanation(op, chosen.backend, method, reasons, costs)
-
-
-_explainers: dict[str, Any] = {
-    op: partial(_explain, op) for op in ("gramian_factors", "hankel_singular_values", "hankel_energy")
-}
-backends.EXPLAINERS.update(_explainers)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kdkernels.ops.hankel.once import once
 
-FACTORS_TWICE = "factors of a finite horizon cannot be differentiated twice"
 SPLIT = 2.0**27 + 1  # Dekker's (1971): halves of a float64
 
 

@@ -43,6 +43,7 @@ class BlockHankel:
         self.L = (self.T + 1) // 2
         self.K = self.T - self.L + 1
         self.shape = (N, self.p * self.L, self.m * self.K)
+        self.length = fast_length(self.T)  # of the transforms
 
     def dense(self) -> Tensor:
         """H itself."""
@@ -62,8 +63,7 @@ class BlockHankel:
 
     def _correlate(self, h: Tensor, x: Tensor, count: int) -> Tensor:
         """y_i = Σ_j h_{i+j} x_j for i < count: (N, T, a, b), (N, J, b, q) -> (N, count, a, q)."""
-        size = fast_length(self.T)
-        length = x.shape[1]
+        size, length = self.length, x.shape[1]
         if h.is_complex() or x.is_complex():
             product = torch.fft.fft(h, size, 1) @ torch.fft.fft(x.flip(1), size, 1)
             y = torch.fft.ifft(product, size, 1)
@@ -104,7 +104,7 @@ def hankel_svd(markov: Tensor, rank: int) -> SVD:
         TypeError: markov is no tensor of these dtypes.
         ValueError: its shape does not fit, or rank is out of range.
     """
-    leading = _check(markov, rank)
+    leading = check(markov, rank)
     U, S, Vh = _leading(markov.detach(), rank)
     if torch.is_grad_enabled() and markov.requires_grad:
         h = wide(markov).reshape(-1, *markov.shape[-3:])
@@ -135,7 +135,7 @@ def era(markov: Tensor, rank: int) -> Realization:
     Raises:
         TypeError, ValueError: as `hankel_svd`.
     """
-    leading = _check(markov, rank)
+    leading = check(markov, rank)
     p, m = markov.shape[-2:]
     L = (markov.shape[-3] + 1) // 2
     if rank > p * (L - 1):
@@ -154,7 +154,8 @@ def era(markov: Tensor, rank: int) -> Realization:
     return Realization(*(x.reshape(*leading, *x.shape[1:]).to(markov.dtype) for x in guarded))
 
 
-def _check(markov: Tensor, rank: int) -> tuple[int, ...]:
+def check(markov: Tensor, rank: int) -> tuple[int, ...]:
+    """The leading dimensions of a checked call."""
     sizes = CONTRACT.bind({"markov": markov})
     check_count("rank", rank)
     T, p, m = sizes["T"], sizes["p"], sizes["m"]
@@ -172,23 +173,27 @@ def _leading(markov: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     h = wide(markov).reshape(-1, *markov.shape[-3:])
     finite = h.isfinite().flatten(1).all(-1)
     H = BlockHankel(torch.where(finite[:, None, None, None], h, 0))
-    width = rank + OVERSAMPLE
     if not len(h):
         U, S, Vh = h.new_zeros(0, H.shape[1], rank), h.real.new_zeros(0, rank), h.new_zeros(0, rank, H.shape[2])
-    elif min(H.shape[1:]) <= max(DENSE, 2 * width):
+    elif is_small(H, rank):
         U, S, Vh = torch.linalg.svd(H.dense(), full_matrices=False)
     else:
-        U, S, Vh = _iterate(H, rank, width)
+        U, S, Vh = _iterate(H, rank)
     U, S, Vh = U[..., :rank], S[:, :rank], Vh[:, :rank]
     poison = torch.where(finite, 0.0, torch.nan)
     return U + poison[:, None, None], S + poison[:, None], Vh + poison[:, None, None]
 
 
-def _iterate(H: BlockHankel, rank: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def is_small(H: BlockHankel, rank: int) -> bool:
+    """Whether the matrix is formed."""
+    return min(H.shape[1:]) <= max(DENSE, 2 * (rank + OVERSAMPLE))
+
+
+def _iterate(H: BlockHankel, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Subspace iteration until the wanted values stand still."""
     N, _, cols = H.shape
     draw = torch.Generator().manual_seed(SEED)
-    start = torch.randn(1, cols, width, dtype=torch.float64, generator=draw).to(H.markov.device)
+    start = torch.randn(1, cols, rank + OVERSAMPLE, dtype=torch.float64, generator=draw).to(H.markov.device)
     Q = torch.linalg.qr(H.times(start.to(H.markov.dtype).expand(N, -1, -1)))[0]
     before = None
     for _ in range(ITERATIONS):

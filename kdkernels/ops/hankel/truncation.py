@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.contract import check_count
+from kdkernels.contract import check_count, check_number
 from kdkernels.ops.hankel import reference
-from kdkernels.ops.hankel.api import _choose, check_tolerance
+from kdkernels.ops.hankel.api import choose
 from kdkernels.ops.hankel.kernel import wide
 from kdkernels.ops.hankel.systems import Operand, System, Systems, check
 
@@ -65,6 +65,7 @@ def balanced_truncation(
     *,
     rank: int | None = None,
     tolerance: float | None = None,
+    backend: str = "auto",
 ) -> Any:
     """The diagonal system of lower order r that keeps the largest Hankel singular values of h⁺ = Λh + Bu, y = Ch.
 
@@ -78,6 +79,8 @@ def balanced_truncation(
         tolerance: τ ≥ 0: the smallest r whose Σ_{k≤r} σ_k / Σσ_k ≥ 1 − τ, and nothing is reduced unless r < 0.95 n
             (CompreSSM, arXiv 2510.02823). Systems in leading dimensions get one rank, the largest that any of them
             needs; the systems of a list get each their own.
+        backend: `"auto"`, `"reference"` or `"native"`: what computes the Hankel singular values and their vectors. One
+            that was asked for by name and cannot serve raises.
 
     Returns:
         `BalancedTruncation`, for lists a list of them. Lambda, B and C are in the dtype given, but complex where a real
@@ -90,9 +93,18 @@ def balanced_truncation(
         TypeError: an argument is no tensor of these dtypes; in a list the message says which.
         ValueError: shapes, devices or options do not fit, a system is not finite, or some |λ| ≥ 1.
     """
+    systems = check(Lambda, B, C)
+    check_order(systems, rank, tolerance)
+    chosen = choose("balanced_truncation", backend, systems)
+    with torch.no_grad():
+        found = [_truncate(systems, i, rank, tolerance, chosen.backend) for i in range(len(systems.members))]
+    return found if systems.is_list else found[0]
+
+
+def check_order(systems: Systems, rank: int | None, tolerance: float | None) -> None:
+    """Raise unless exactly one of them says how many states to keep."""
     if (rank is None) == (tolerance is None):
         raise ValueError("rank and tolerance: exactly one of them must be given")
-    systems = check(Lambda, B, C)
     if rank is not None:
         check_count("rank", rank)
         for i, member in enumerate(systems.members):
@@ -100,18 +112,15 @@ def balanced_truncation(
                 which = f"Lambda[{i}]" if systems.is_list else "Lambda"
                 raise ValueError(f"rank is {rank}, but must be at most n = {member.order}, as in {which}")
     else:
-        check_tolerance(tolerance)
-    with torch.no_grad():
-        found = [_truncate(systems, i, rank, tolerance) for i in range(len(systems.members))]
-    return found if systems.is_list else found[0]
+        check_number("tolerance", tolerance)
 
 
-def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | None) -> BalancedTruncation:
+def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | None, backend: str) -> BalancedTruncation:
     system = systems.members[i]
     for name, x in (("Lambda", system.Lambda), ("B", system.B), ("C", system.C)):
         if not bool(x.isfinite().all()):
             raise ValueError(f"{name}{f'[{i}]' if systems.is_list else ''} is not finite")
-    sigma, T, W = _balance(system)
+    sigma, T, W = _balance(system, backend)
     if bool(sigma.isnan().any()):
         systems.refuse_unstable()
     n = system.order
@@ -126,17 +135,16 @@ def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | Non
     return _untruncated(system, sigma)
 
 
-def _balance(system: System) -> tuple[Tensor, Tensor, Tensor]:
+def _balance(system: System, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """σ, T and W in float64, with the system's leading dimensions."""
     flat = system.flat()
     Lambda, B, C = (wide(x) for x in (flat.Lambda, flat.B, flat.C))
-    chosen = _choose("hankel_singular_values", "auto", Systems([system], False))
-    if chosen.backend == "reference":
+    if backend == "reference":
         found = reference.balance(Lambda, B, C)
     else:
         from kdkernels.ops.hankel import schema
 
-        found = schema.hankel_singular_values(Lambda, B, C, 0, True, chosen.backend)
+        found = schema.hankel_singular_values(Lambda, B, C, 0, True, backend)
     return tuple(x.reshape(*system.leading, *x.shape[1:]) for x in found)  # type: ignore[return-value]
 
 

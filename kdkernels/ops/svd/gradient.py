@@ -21,7 +21,7 @@ def backward(U: Tensor, S: Tensor, Vh: Tensor, dU: Tensor | None, dS: Tensor | N
     own, other = S.unsqueeze(-1), S.unsqueeze(-2)
     diagonal = torch.eye(S.shape[-1], dtype=torch.bool, device=S.device)
     gap = torch.where(diagonal, 1, other - own)
-    both = torch.where(diagonal & (not S.is_complex() and not U.is_complex()), 1, other + own)
+    both = torch.where(diagonal & (not U.is_complex()), 1, other + own)
     inner = torch.where(diagonal, 0, total / gap) + difference / both
     if dS is not None:
         inner = inner + torch.diag_embed(dS).to(inner.dtype)

@@ -1,7 +1,21 @@
-"""Inputs, checks and benchmark workloads of Gramian factors and Hankel singular values."""
+"""Inputs, checks and benchmark workloads of Gramian factors, Hankel singular values and the models they lead to."""
 
-from kdkernels.testing.check import why_not
-from kdkernels.testing.hankel.checks import checks
-from kdkernels.testing.hankel.workloads import workloads
+from collections.abc import Iterator
+
+from kdkernels.testing.check import Check, why_not
+from kdkernels.testing.hankel import checks as values
+from kdkernels.testing.hankel import models
+from kdkernels.testing.hankel import workloads as cases
 
 __all__ = ["checks", "why_not", "workloads"]
+
+
+def checks(quick: bool = False) -> Iterator[Check]:
+    """What `validate` runs."""
+    yield from values.checks(quick)
+    yield from models.checks()
+
+
+def workloads(quick: bool = False) -> list[cases.Workload | models.Workload]:
+    """What `bench` times."""
+    return [*cases.workloads(quick), *models.workloads(quick)]

@@ -1,7 +1,6 @@
 """The benchmark cases of Hankel singular values, beside three ways to get them from PyTorch.
 
-`eager` is the accurate one of the three: square roots of both Gramians by eigh, then svdvals. The Cholesky route and
-eig(PQ) lose the small values, and where a Gramian is singular to working precision they fail.
+`eager` is the accurate one of the three.
 """
 
 from collections.abc import Callable
@@ -15,40 +14,12 @@ import kdkernels as kd
 from kdkernels.backend import Cost, Explanation, explain
 from kdkernels.testing.compare import Deviation, Outcome, relative_error
 from kdkernels.testing.hankel.inputs import SSM, make_systems
+from kdkernels.testing.hankel.routes import by_cholesky, by_eigh, eig, gramians
 
 LOOSE = 1e-2  # of contenders: large enough that they are timed where their large values are right
 TIGHT = 1e-4  # of ours, in norm
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def gramians(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """P and Q."""
-    denominator = 1 - Lambda.unsqueeze(-1) * Lambda.conj().unsqueeze(-2)
-    return (B @ B.mH) / denominator, (C.mH @ C) / denominator.conj()
-
-
-def eig(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """sqrt(eig(PQ)), as CompreSSM has it; with gradients one by one, as its batched backward fails (torch 2.13)."""
-    P, Q = gramians(Lambda, B, C)
-    product = P @ Q
-    parts = product.split(1) if product.requires_grad else (product,)
-    return torch.cat([torch.linalg.eigvals(part).abs().sqrt() for part in parts])
-
-
-def by_eigh(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Singular values of Q^½ P^½."""
-    roots = []
-    for gramian in gramians(Lambda, B, C):
-        values, vectors = torch.linalg.eigh(gramian)
-        roots.append(vectors * values.clamp(min=0).sqrt().unsqueeze(-2))
-    return torch.linalg.svdvals(roots[1].mH @ roots[0])
-
-
-def by_cholesky(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Singular values of the Cholesky factors' product."""
-    P, Q = gramians(Lambda, B, C)
-    return torch.linalg.svdvals(torch.linalg.cholesky_ex(Q)[0].mH @ torch.linalg.cholesky_ex(P)[0])
 
 
 @dataclass(frozen=True)
