@@ -14,7 +14,7 @@ from kdkernels.backend import TABLE
 from kdkernels.cli import bench, doctor, table
 from kdkernels.cli import validate as validation
 from kdkernels.ops.projection_alignment import api
-from kdkernels.testing import SUITES, suite
+from kdkernels.testing import SUITES, names, operators, suite
 from kdkernels.testing.compare import Deviation
 from kdkernels.testing.memory import peak_extra_bytes
 from kdkernels.testing.timing import interleave, medians
@@ -228,6 +228,13 @@ def test_peak_memory_sees_what_eager_keeps():
     extra = peak_extra_bytes(op, name, "eager", "cpu", quick=True)
     assert extra is not None
     assert 2 * 512 * 1024 * 4 < extra < 40 * 512 * 1024 * 4
+
+
+def test_a_family_stands_for_its_operators():
+    assert operators("svd") == ["svd"]
+    assert operators("lora_linear") == ["lora_linear"]
+    assert {"hankel_energy", "era", "balanced_truncation"} < set(operators("hankel"))
+    assert all(operators(name) for name in names())
 
 
 # ---- tables

@@ -7,7 +7,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.ops.hankel import schema
-from kdkernels.ops.svd.native import CROSSOVER
+from kdkernels.ops.hankel.native import LARGEST
 from kdkernels.testing.hankel.checks import CASES, checks, compare_case, elsewhere, largest_error, suits
 from kdkernels.testing.hankel.inputs import FAMILIES, SSM, make_systems, reference_values
 
@@ -318,7 +318,7 @@ def test_a_list_is_its_systems(backend, horizon):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n", (5, CROSSOVER + 3))
+@pytest.mark.parametrize("n", (5, LARGEST + 3))
 @pytest.mark.parametrize("which", range(3))
 def test_what_is_not_finite_stays_in_its_system(which, n, backend):
     system = make_systems("LRU", 3, n, 2, dtype=torch.complex64)

@@ -64,7 +64,8 @@ def test_vectors_are_orthonormal_whatever_the_values(kind, dtype):
 
 @native_only
 def test_above_the_crossover_the_batch_is_parallel_and_equal():
-    matrix = make_matrices(5, native.CROSSOVER + 9, native.CROSSOVER + 4, dtype=torch.float64)
+    n = native.CROSSOVER[torch.float64]
+    matrix = make_matrices(5, n + 9, n + 4, dtype=torch.float64)
     expected = torch.linalg.svd(matrix, full_matrices=False)
     for threads in (1, 3):
         torch.set_num_threads(threads)
@@ -87,12 +88,43 @@ def test_the_same_bits_for_every_thread_count_and_place_in_the_batch():
         assert all(torch.equal(a, b[k]) for a, b in zip(kd.svd(matrix[k], backend="native"), expected, strict=True))
 
 
+@native_only
+@pytest.mark.parametrize("vectors", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
+@pytest.mark.parametrize("n", (4, 7, 16))
+def test_hard_neighbours_do_not_change_a_matrix(n, dtype, vectors):
+    """Where norms cancel they are computed anew, in the lanes of those matrices alone."""
+    hard = make_matrices(8, n, n, dtype=dtype)
+    hard[1] = hard[1, :, :1] + 1e-4 * hard[1]
+    hard[2, :, 1::2] = hard[2, :, ::2][..., : n // 2] * (1 + 1e-6)
+    hard[3] = make_matrices(1, n, n, kind="graded", dtype=dtype)[0]
+    hard[4] = make_matrices(1, n, n, kind="low rank", dtype=dtype)[0]
+    hard[5] = torch.eye(n, dtype=dtype)
+    hard[6] = 0
+    together = kd.svd(hard, backend="native") if vectors else (kd.svdvals(hard, backend="native"),)
+    for k in range(len(hard)):
+        alone = kd.svd(hard[k], backend="native") if vectors else (kd.svdvals(hard[k], backend="native"),)
+        assert all(torch.equal(a, b[k]) for a, b in zip(alone, together, strict=True)), k
+
+
+@native_only
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.complex64, torch.complex128))
+def test_values_alone_are_those_that_come_with_vectors(dtype):
+    """Their last rotations are not carried out, and yet every value of a graded matrix is right."""
+    for kind in ("normal", "graded", "repeated"):
+        matrix = make_matrices(9, 24, 24, kind=kind, dtype=dtype)
+        exact = kd.svd(matrix.to(torch.complex128 if dtype.is_complex else torch.float64), backend="native").S
+        found = kd.svdvals(matrix, backend="native")
+        seen = exact > 1e3 * torch.finfo(dtype).tiny
+        assert ((found / exact - 1).abs()[seen] < 60 * torch.finfo(dtype).eps).all()
+
+
 # ---- NaN
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
-@pytest.mark.parametrize("n", (6, 110))
+@pytest.mark.parametrize("n", (6, 125))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
 def test_what_is_not_finite_stays_in_its_matrix(backend, value, n, dtype):
     """torch's batched svdvals swallows NaN, or raises (pytorch #187759)."""
@@ -278,7 +310,7 @@ def test_lapack_leaves_an_empty_batch_alone():
 def test_explain_says_where_jacobi_ends():
     explanation = kd.explain(kd.svd, torch.ones(2, 16, 16))
     assert (explanation.backend, explanation.method) == ("native", "jacobi")
-    n = native.CROSSOVER + 1
+    n = native.CROSSOVER[torch.float32] + 1
     assert kd.explain(kd.svdvals, torch.ones(2, n, n)).method == "lapack"
     assert set(QUICK) <= set(CASES)
 

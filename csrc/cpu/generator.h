@@ -74,16 +74,16 @@ void factor_gramian(int64_t n, int64_t m, const N* lambda, const Vector<ScalarOf
     if (residual) residual[k] = trace;
 
     N pivot;
-    V root;
+    V den_q;
     for (int l = 0; l < kLanes<T>; ++l) {
       const int64_t q = row[l];
-      root[l] = den[q][l];
+      den_q[l] = den[q][l];
       for (int part = 0; part < N::parts; ++part) {
         lane(pivot, part, l) = lane(lambda[q], part, l);
         for (int64_t c = 0; c < m; ++c) lane(sine[c], part, l) = lane(b[q * m + c], part, l);
       }
     }
-    root = best > 0 ? square_root<T>(root) : V{};
+    const V root = best > 0 ? square_root<T>(den_q) : V{};
     if (m > 0) alignment.prepare(m);
 
     N* column = L + k * stride;
@@ -94,9 +94,11 @@ void factor_gramian(int64_t n, int64_t m, const N* lambda, const Vector<ScalarOf
         alignment.apply(m, row_i);
         along = row_i[0];
       }
-      const N quotient = reciprocal(one_minus_product_conj(lambda[i], pivot));
-      column[i] = along * quotient * root;
-      if (m > 0) row_i[0] = along * ((lambda[i] - pivot) * quotient);
+      // 1 − λ_i λ_q* = 1 − |λ_q|² − (λ_i − λ_q) λ_q*, where neither term is larger than twice the whole
+      const N apart = lambda[i] - pivot;
+      const N share = along * reciprocal(add_product(from_real<N>(den_q), -apart, conj(pivot)));
+      column[i] = share * root;
+      if (m > 0) row_i[0] = share * apart;
     }
     for (int l = 0; l < kLanes<T>; ++l)
       for (int64_t c = 0; c < m; ++c)

@@ -7,21 +7,30 @@
 namespace kd::KD_ISA {
 namespace {
 
-// M = L_oᴴ L_c (n, n), all columns contiguous.
+// R by C of the inner products M = XᴴY (n, n), all columns contiguous.
+template <int R, int C, class N>
+void inner_products_tile(int64_t n, const N* X, const N* Y, N* M) {
+  N sum[R][C] = {};
+  for (int64_t i = 0; i < n; ++i)
+    for (int c = 0; c < C; ++c) {
+      const N y = held(Y[c * n + i]);
+      for (int r = 0; r < R; ++r) sum[r][c] = add_conj_product(sum[r][c], X[r * n + i], y);
+    }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) M[c * n + r] = sum[r][c];
+}
+
+// M = L_oᴴ L_c (n, n).
 template <class N>
 void inner_products(int64_t n, const N* Lo, const N* Lc, N* M) {
-  for (int64_t k = 0; k < n; ++k)
-    for (int64_t j = 0; j < n; ++j) {
-      const N *x = Lo + j * n, *y = Lc + k * n;
-      N even{}, odd{};
-      int64_t i = 0;
-      for (; i + 1 < n; i += 2) {
-        even = add_conj_product(even, x[i], y[i]);
-        odd = add_conj_product(odd, x[i + 1], y[i + 1]);
-      }
-      if (i < n) even = add_conj_product(even, x[i], y[i]);
-      M[k * n + j] = even + odd;
-    }
+  int64_t k = 0;
+  for (; k + 1 < n; k += 2) {
+    int64_t j = 0;
+    for (; j + 1 < n; j += 2) inner_products_tile<2, 2>(n, Lo + j * n, Lc + k * n, M + k * n + j);
+    if (j < n) inner_products_tile<1, 2>(n, Lo + j * n, Lc + k * n, M + k * n + j);
+  }
+  if (k < n)
+    for (int64_t j = 0; j < n; ++j) inner_products_tile<1, 1>(n, Lo + j * n, Lc + k * n, M + k * n + j);
 }
 
 // out = L V diag(scale) for V (n, n) with columns `stride` apart.
@@ -132,7 +141,7 @@ class Systems {
     read_numbers(Group<T>(call_.Lambda, index_), n_, lambda_);
     bad_ = not_finite(lambda_, n_);
     for (int64_t i = 0; i < n_; ++i) {
-      den_[i] = one_minus_product_conj(lambda_[i], lambda_[i]).re;
+      den_[i] = one_minus_abs2(lambda_[i]);
       bad_ |= ~(den_[i] > 0);
     }
   }
@@ -210,8 +219,7 @@ void hankel_all(const Hankel& call, int threads) {
   if (batch == 0 || n == 0) return;
   threads = useful_threads(threads, batch * n * n * 10 * (n + call.m + call.p));
   const int64_t room = round_up(Systems<N>::vectors(call), 64);
-  const int64_t column = sizeof(N) * Decomposition<N>::padded_rows(n) * (Systems<N>::wants_vectors(call) ? 2 : 1);
-  const Schedule schedule(n, column);
+  const Schedule schedule = Decomposition<N>::schedule(n, Systems<N>::wants_vectors(call));
   const Buffer<Vector<T>> rooms(threads * room);
   parallel_for(threads, ceil_div(batch, kLanes<T>),
                [&](int64_t index, int worker) { Systems<N>(call, index, rooms.get() + worker * room).run(schedule); });

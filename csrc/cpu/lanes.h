@@ -217,6 +217,16 @@ inline V opaque(V x) {
   return x;
 }
 
+// A number in registers: the compiler would read each of its parts from memory for every use.
+template <class T>
+inline Real<T> held(const Real<T>& x) {
+  return {opaque(x.re)};
+}
+template <class T>
+inline Complex<T> held(const Complex<T>& x) {
+  return {opaque(x.re), opaque(x.im)};
+}
+
 // a b = product + error, exactly.
 template <class T>
 struct Exact {
@@ -251,16 +261,14 @@ inline Vector<T> one_minus(Exact<T> a, Exact<T> b) {
   return sum + ((lost + lost_too) - (a.error + b.error));
 }
 
-// 1 − a b*, to nearly the last digit of its modulus however close a b* is to 1.
+// 1 − |a|², to nearly its last digit however close |a| is to 1.
 template <class T>
-inline Real<T> one_minus_product_conj(Real<T> a, Real<T> b) {
-  return {one_minus<T>(exact_product<T>(a.re, b.re))};
+inline Vector<T> one_minus_abs2(Real<T> a) {
+  return one_minus<T>(exact_product<T>(a.re, a.re));
 }
 template <class T>
-inline Complex<T> one_minus_product_conj(Complex<T> a, Complex<T> b) {
-  const Exact<T> left = exact_product<T>(a.re, b.im), right = exact_product<T>(a.im, b.re);
-  return {one_minus<T>(exact_product<T>(a.re, b.re), exact_product<T>(a.im, b.im)),
-          (left.product - right.product) + (left.error - right.error)};
+inline Vector<T> one_minus_abs2(Complex<T> a) {
+  return one_minus<T>(exact_product<T>(a.re, a.re), exact_product<T>(a.im, a.im));
 }
 
 template <class T>

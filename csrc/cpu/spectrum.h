@@ -18,16 +18,16 @@ struct Decomposition {
   Column<T>* columns;
 
   static int64_t padded_rows(int64_t cols) { return round_up(cols, Jacobi<N>::kUnroll); }
+  static int64_t column_stride(int64_t cols, bool with_vectors) { return (with_vectors ? 2 : 1) * padded_rows(cols); }
   static int64_t vectors(int64_t rows, int64_t cols, bool with_vectors) {
-    const int64_t padded = padded_rows(cols), stride = with_vectors ? 2 * padded : padded;
-    return N::parts * (rows * cols + stride * cols + cols) + 3 * cols + 5 * cols;
+    const int64_t stride = column_stride(cols, with_vectors);
+    return N::parts * (rows * cols + stride * cols + cols) + 3 * cols + 6 * cols;
+  }
+  static Schedule schedule(int64_t cols, bool with_vectors) {
+    return Schedule(cols, sizeof(N) * column_stride(cols, with_vectors), Jacobi<N>::kTwos);
   }
   Decomposition(int64_t rows, int64_t cols, bool with_vectors, V* memory)
-      : rows(rows),
-        cols(cols),
-        stride_M(rows),
-        padded(padded_rows(cols)),
-        stride_X(with_vectors ? 2 * padded : padded) {
+      : rows(rows), cols(cols), stride_M(rows), padded(padded_rows(cols)), stride_X(column_stride(cols, with_vectors)) {
     const auto take = [&](int64_t count) {
       V* taken = memory;
       memory += count;
@@ -39,7 +39,7 @@ struct Decomposition {
     tau = take(cols);
     values = take(cols);
     order = reinterpret_cast<Mask<T>*>(take(cols));
-    columns = reinterpret_cast<Column<T>*>(take(5 * cols));
+    columns = reinterpret_cast<Column<T>*>(take(6 * cols));
   }
 
   // M is destroyed. Fills `values`, unsorted; with vectors X's columns hold V and, from row `padded` on, J.
@@ -52,11 +52,11 @@ struct Decomposition {
         const T one = i == padded + j;
         X[j * stride_X + i] = from_real<N>(broadcast<T>(one));
       }
-    Jacobi<N> jacobi(X, padded, with_vectors ? padded : 0, cols, stride_X, columns, graded);
+    Jacobi<N> jacobi(X, padded, with_vectors ? padded : 0, cols, stride_X, columns, !with_vectors, graded);
     jacobi.run(schedule);
     for (int64_t j = 0; j < cols; ++j) {
       const V size = square_root<T>(jacobi.norm2(X + j * stride_X));
-      values[j] = columns[j].d * (size / square_root<T>(columns[j].w));
+      values[j] = with_vectors ? columns[j].d * (size / square_root<T>(columns[j].w)) : jacobi.value(j);
       if (with_vectors) normalise_vectors(X + j * stride_X, size, columns[j]);
     }
   }

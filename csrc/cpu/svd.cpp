@@ -42,7 +42,7 @@ void decompose_all(const Svd& call, int threads) {
   threads = useful_threads(threads, batch * cols * cols * (rows + 10 * cols));
   const int64_t room =
       round_up(Decomposition<N>::vectors(rows, cols, with_vectors) + (with_vectors ? N::parts * rows * cols : 0), 64);
-  const Schedule schedule(cols, sizeof(N) * Decomposition<N>::padded_rows(cols) * (with_vectors ? 2 : 1));
+  const Schedule schedule = Decomposition<N>::schedule(cols, with_vectors);
   const Buffer<Vector<T>> rooms(threads * room);
   parallel_for(threads, ceil_div(batch, kLanes<T>), [&](int64_t index, int worker) {
     decompose_group<N>(call, index, schedule, rooms.get() + worker * room);

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kdkernels.backend import EXPLAINERS, TABLE, Cost, Explanation, passed_over
 from kdkernels.ops.hankel import api
+from kdkernels.ops.hankel.native import LARGEST
 from kdkernels.ops.hankel.realization import OVERSAMPLE, BlockHankel, check, is_small
 from kdkernels.ops.hankel.systems import Operand, Systems
 from kdkernels.ops.hankel.truncation import check_order
-from kdkernels.ops.svd.native import CROSSOVER
 
 
 def _explain_systems(
@@ -67,7 +67,7 @@ def _explain(op: str, systems: Systems, horizon: int | None, backend: str) -> Ex
         flops["trace"] += real * 2 * n * n * (m + p + 3)
         moved += N * member.B.element_size() * n * (2 + m + p)
         largest = max(largest, n)
-    above = f"it serves up to {CROSSOVER} states" if largest > CROSSOVER else None
+    above = f"it serves up to {LARGEST} states" if largest > LARGEST else None
     methods = dict.fromkeys(m for row in TABLE if row.op == op for m in row.methods)
     costs = tuple(Cost(name, flops[name], moved, above if name == "jacobi" else None) for name in methods)
     method = next(m for m in chosen.methods if not (m == "jacobi" and above))

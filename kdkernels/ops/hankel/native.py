@@ -9,7 +9,9 @@ from torch import Tensor
 from kdkernels import _native
 from kdkernels.ops.hankel.kernel import horizon_factor, negligible, projectors, wide
 from kdkernels.ops.svd import native
-from kdkernels.ops.svd.native import CROSSOVER, adjoint, flat
+from kdkernels.ops.svd.native import adjoint, flat
+
+LARGEST = 100  # orders up to here have their decomposition here: slower than LAPACK from about 80 on, but every σ right
 
 
 def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -24,7 +26,7 @@ def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tenso
 def values(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> Tensor:
     """σ (N, n), computed in the dtype of the systems up to the crossover, in float64 above."""
     N, n = Lambda.shape
-    if n <= CROSSOVER and horizon is None:
+    if n <= LARGEST and horizon is None:
         sigma = B.new_empty(N, n, dtype=B.real.dtype)
         run(Lambda, B, C, values=sigma)
         return sigma
@@ -35,7 +37,7 @@ def values(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> Tensor:
 def balance(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """σ (N, n), T and W (N, n, n), in float64 whatever the dtype of the systems: T and W of a small σ need it."""
     N, n = Lambda.shape
-    if n <= CROSSOVER and horizon is None:
+    if n <= LARGEST and horizon is None:
         Lambda, B, C = map(wide, (Lambda, B, C))
         sigma, T, W = Lambda.new_empty(N, n, dtype=torch.float64), B.new_empty(N, n, n), B.new_empty(N, n, n)
         run(Lambda, B, C, values=sigma, T=T, W=W)

@@ -151,7 +151,7 @@ def _balance(system: System, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 def _needed(sigma: Tensor, tolerance: float) -> int:
     """The largest of the systems' ranks."""
     total = sigma.sum(-1, keepdim=True)
-    short = sigma.cumsum(-1) < (1 - tolerance) * total
+    short = sigma.cumsum(-1) < (1 - float(tolerance)) * total
     # the last sum is the total but for its rounding
     ranks = (short[..., :-1].sum(-1) + 1) if sigma.shape[-1] else short.sum(-1)
     return int(ranks.max()) if ranks.numel() else sigma.shape[-1]

@@ -114,9 +114,9 @@ def our_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
 def workloads(quick: bool = False) -> list[Workload]:
     """The cases; `quick` shrinks the batches and the largest order."""
     cases = []
-    for n, N in ((16, 4096), (32, 2048), (64, 512), (16, 36864)):
+    for n, m, N in ((16, 1, 4096), (16, 2, 4096), (32, 1, 2048), (64, 1, 512), (16, 1, 36864)):
         N = max(N // 64, 2) if quick else N
-        cases.append(Workload(f"σ of {N} systems, n={n}, m=2", "hankel_singular_values", {"N": N, "n": n, "m": 2}))
+        cases.append(Workload(f"σ of {N} systems, n={n}, m={m}", "hankel_singular_values", {"N": N, "n": n, "m": m}))
     n, N = (24, 2) if quick else (256, 6)
     large = {"N": N, "n": n, "m": 8}
     cases.append(Workload(f"Σσ and its gradient, {N} systems, n={n}, m=8", "hankel_singular_values", large, True))

@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = QUICK | {
     "no columns": {"cols": 0},
     "33 columns": {"N": 3, "rows": 40, "cols": 33},
     "64 columns": {"N": 9, "rows": 64, "cols": 64},
-    "above the crossover": {"N": 3, "rows": 120, "cols": 110},
+    "above the crossover": {"N": 3, "rows": 130, "cols": 125},
 }
 
 

@@ -1,0 +1,76 @@
+"""What is asked for by name: explanations, backends and options of the operators on state-space models."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels.backend import TABLE
+from kdkernels.testing.hankel import checks
+from kdkernels.testing.hankel.inputs import make_systems
+from kdkernels.testing.hankel.models import OPS
+
+SYSTEM = make_systems("LRU", 3, 16, 2)
+
+
+def test_validate_holds_every_operator_to_its_budget():
+    seen = set()
+    for check in checks(quick=True):
+        if check.op in OPS and check.device == "cpu":
+            assert all(deviation.ok for deviation in check.run()), check
+            seen.add((check.op, check.method))
+    assert {("era", "fft"), ("hankel_svd", "dense"), ("balanced_truncation", "lapack")} <= seen
+
+
+@pytest.mark.native
+def test_explanations_price_what_would_run():
+    values = kd.explain(kd.hankel_singular_values, *SYSTEM)
+    short, long = (kd.explain(kd.hankel_singular_values, *SYSTEM, horizon=L) for L in (2, 2**40))
+    truncation = kd.explain(kd.balanced_truncation, *SYSTEM, rank=4)
+    assert [x.method for x in (values, short, truncation)] == ["jacobi"] * 3
+    assert short.costs[0].flops < long.costs[0].flops
+    assert truncation.costs[0].flops > values.costs[0].flops
+    assert kd.explain(kd.balanced_truncation, *SYSTEM, rank=4, backend="reference").method == "lapack"
+    many = kd.explain(kd.hankel_singular_values, *(torch.cat([x, x]) for x in SYSTEM))
+    assert many.costs[0].flops == 2 * values.costs[0].flops
+
+
+def test_explanations_of_realizations_say_whether_the_matrix_is_formed():
+    assert kd.explain(kd.era, torch.ones(21, 2, 2), 3).method == "dense"
+    large = kd.explain(kd.hankel_svd, torch.ones(4001, 2, 2), 3)
+    assert large.method == "fft"
+    dense, fft = large.costs
+    assert dense.why_not and dense.bytes > 20 * fft.bytes
+    with pytest.raises(ValueError, match="rank is 99"):
+        kd.explain(kd.era, torch.ones(21, 2, 2), 99)
+
+
+def test_no_systems_are_explained_too():
+    for op in ("gramian_factors", "hankel_singular_values", "hankel_energy"):
+        assert all(cost.flops == 0 for cost in kd.explain(op, [], [], []).costs)
+    assert kd.balanced_truncation([], [], [], rank=1) == []
+
+
+def test_backends_of_truncation():
+    assert {row.backend for row in TABLE if row.op == "balanced_truncation"} == {"native", "reference"}
+    found = [kd.balanced_truncation(*SYSTEM, rank=5, backend=name) for name in ("auto", "reference")]
+    torch.testing.assert_close(found[0].singular_values, found[1].singular_values)
+    with pytest.raises(ValueError, match="no such implementation"):
+        kd.balanced_truncation(*SYSTEM, rank=5, backend="triton")
+
+
+@pytest.mark.parametrize("number", (np.float32(0.25), np.int64(0), Fraction(1, 4), 0, 0.25))
+def test_numbers_of_any_kind_are_tolerances(number):
+    plain = kd.balanced_truncation(*SYSTEM, tolerance=float(number))
+    assert kd.balanced_truncation(*SYSTEM, tolerance=number).rank == plain.rank
+    assert kd.gramian_factors(*SYSTEM).ranks(number)[0].shape == (3,)
+
+
+def test_a_horizon_beyond_an_int_is_named():
+    with pytest.raises(ValueError, match=r"horizon is 1000000000000000000000, but must be at most 2\*\*63 - 1"):
+        kd.hankel_singular_values(*SYSTEM, horizon=10**21)
+    torch.testing.assert_close(
+        kd.hankel_singular_values(*SYSTEM, horizon=2**63 - 1), kd.hankel_singular_values(*SYSTEM)
+    )
