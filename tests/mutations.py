@@ -90,7 +90,6 @@ NATIVE_KERNELS = [
     Mutation("Schedule", JACOBI, "sum <= 2 * rows - 3;", "sum <= 2 * rows - 4;"),
     Mutation("Jacobi", JACOBI, "y[i + u] = add_product(yi, B, xi);", "y[i + u] = add_product(yi, A, xi);"),
     Mutation("carry_out_twos", JACOBI, "y0[i] = add_product(y, D1, xx);", "y0[i] = add_product(y, D0, xx);"),
-    Mutation("correct", JACOBI, ".correction += r.swapped[u] ? grown : -h;", ".correction += r.swapped[u] ? grown : h;"),
     Mutation("sort", SPECTRUM, "const Mask<T> wrong = a < b;", "const Mask<T> wrong = a > b;"),
     Mutation("reorder", SPECTRUM, "lane(diagonal[order[j][l]], part, l);", "lane(diagonal[j], part, l);"),
     Mutation("complete_right", SPECTRUM, "if (values[j][l] == 0) complete(j, l);", "if (values[j][l] < 0) complete(j, l);"),

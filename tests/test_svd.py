@@ -119,6 +119,30 @@ def test_values_alone_are_those_that_come_with_vectors(dtype):
         assert ((found / exact - 1).abs()[seen] < 60 * torch.finfo(dtype).eps).all()
 
 
+@native_only
+@pytest.mark.parametrize("decades", (0, 3))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
+def test_sparse_matrices_of_small_integers(dtype, decades):
+    """Elements that are exactly, or nearly, cancelled: a phase from a square that underflows is not of length 1."""
+    draw = torch.Generator().manual_seed(3)
+    shape = (30000, 5, 5)
+    matrix = torch.randint(-2, 3, shape, generator=draw) * (torch.rand(shape, generator=draw) < 0.5)
+    matrix = matrix * 10.0 ** -torch.randint(0, decades + 1, (len(matrix), 1, 5), generator=draw)
+    matrix[0] = torch.tensor(
+        [[0, 0.01, 0, 0, -0.1], [0, 0, 0.002, 0, 0], [0, 0, 0, 0, -0.2], [0.02, 0, 0, 0.001, 0], [0, 0, 0, -0.002, 0]]
+    )
+    matrix[1] = torch.tensor(
+        [[0, 0, 0, 0, 2], [0, 0, 0, -1, 0], [-1, -2, 1, -2, 0], [-1, -2, 1, 0, 0], [0, 0, 0, -1, 0]]
+    )
+    matrix = matrix.to(dtype) * (1 + 0.5j if dtype.is_complex else 1)
+    exact = torch.linalg.svdvals(matrix.to(torch.complex128 if dtype.is_complex else torch.float64))
+    U, S, Vh = kd.svd(matrix, backend="native")
+    for values in (S, kd.svdvals(matrix, backend="native")):
+        assert ((values - exact).abs() <= 4e-6 * exact[:, :1]).all()
+    assert largest((U * S.unsqueeze(-2)) @ Vh - matrix) < 2e-5
+    assert largest(Vh @ Vh.mH - torch.eye(5)) < 2e-5
+
+
 # ---- NaN
 
 

@@ -23,9 +23,8 @@ struct Alignment {
       largest = largest < part ? part : largest;
     }
     const Vector<T> scale = unit_scale<T>(largest), one = broadcast<T>(1);
-    const N first = f[0] * scale;
-    Vector<T> length = square_root<T>(abs2(first));
-    phase = select(length > 0, conj(first) * (1 / length), from_real<N>(one));
+    Vector<T> length;
+    phase = conj(direction(f[0] * scale, length));
     for (int64_t c = 1; c < m; ++c) {
       const N g = f[c] * scale;
       const Vector<T> longer = square_root<T>(length * length + abs2(g)), inverse = 1 / longer;

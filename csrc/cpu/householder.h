@@ -44,9 +44,9 @@ void householder(N* A, int64_t rows, int64_t cols, int64_t stride, N* diagonal, 
       v[i] = v[i] * scale;
       if (i > 0) tail += abs2(v[i]);
     }
-    const Vector<T> head = abs2(v[0]), size = square_root<T>(head), norm = square_root<T>(head + tail);
-    const Vector<T> inverse = 1 / size;
-    const N phase = select(size > 0, v[0] * inverse, from_real<N>(broadcast<T>(1)));
+    Vector<T> size;
+    const N phase = direction(v[0], size);
+    const Vector<T> norm = square_root<T>(size * size + tail);
     diagonal[k] = -(phase * (norm / scale));
     v[0] = phase * (size + norm);
     const Vector<T> half = norm * (norm + size);

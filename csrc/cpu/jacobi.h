@@ -125,8 +125,7 @@ class Jacobi {
   // Scales each column by a power of two, then sweeps until a sweep's rotations leave nothing to do.
   void run(const Schedule& schedule) {
     for (int64_t j = 0; j < cols_; ++j) prepare_column(j);
-    const Mask<T> all = broadcast<T>(0) == 0;
-    active_ = all;
+    active_ = broadcast<T>(0) == 0;
     for (int sweeps = 0; sweeps < kMaxSweeps && any(active_); ++sweeps) {
       again_ = Mask<T>{};
       visit<4>(schedule.pairs, [this]<int K>(const Pair* pairs) { rotate_pairs<K>(pairs); });
@@ -134,12 +133,10 @@ class Jacobi {
       for (int64_t j = 0; j < cols_; ++j) refresh(j, active_);
       active_ = again_;
       if (!values_only_ || any(again_)) continue;
-      active_ = all;
-      for (int64_t j = 0; j < cols_; ++j) columns_[j].correction = V{};
-      visit<4>(schedule.pairs, [this]<int K>(const Pair* pairs) { correct_pairs<K>(pairs); });
-      if constexpr (kTwos) visit<2>(schedule.twos, [this]<int K>(const Pair* twos) { correct_twos<K>(twos); });
+      add_corrections(schedule);
       active_ = again_;  // where it is not enough
     }
+    if (values_only_ && any(active_)) add_corrections(schedule);  // a neighbour did not settle
   }
 
   // Of what is left of column j: its length.
@@ -159,6 +156,14 @@ class Jacobi {
 
  private:
   N* column(int64_t j) const { return X_ + j * stride_; }
+
+  void add_corrections(const Schedule& schedule) {
+    active_ = broadcast<T>(0) == 0;
+    again_ = Mask<T>{};
+    for (int64_t j = 0; j < cols_; ++j) columns_[j].correction = V{};
+    visit<4>(schedule.pairs, [this]<int K>(const Pair* pairs) { correct_pairs<K>(pairs); });
+    if constexpr (kTwos) visit<2>(schedule.twos, [this]<int K>(const Pair* twos) { correct_twos<K>(twos); });
+  }
 
   void prepare_column(int64_t j) {
     N* x = column(j);
@@ -207,7 +212,8 @@ class Jacobi {
   struct Rotations {
     Pair pairs[K];
     N g[K], A[K], B[K];
-    V a[K], b[K], wx[K], wy[K], q2[K], inverse[K], small[K], cosine2[K], factor[K], share2[K];  // share2 is s² b
+    V a[K], b[K], wx[K], wy[K], q2[K], inverse[K], small[K], cosine2[K], factor[K];
+    V share2[K], other2[K];  // s² of y times b, and of x times a: norms need not fall as scales do
     Mask<T> swapped[K], rotated[K], lost_i[K], lost_j[K];
   };
 
@@ -244,7 +250,9 @@ class Jacobi {
     for (int u = 0; u < K; ++u) {
       r.factor[u] = 2 / (delta[u] + (delta[u] < 0 ? -root[u] : root[u]));
       r.factor[u] = r.rotated[u] ? r.factor[u] : V{};
-      r.share2[u] = r.factor[u] * r.factor[u] * r.cosine2[u] * r.a[u];
+      const V tangent2 = r.factor[u] * r.factor[u] * r.cosine2[u];
+      r.share2[u] = tangent2 * r.a[u];
+      r.other2[u] = tangent2 * (r.q2[u] * r.q2[u]) * r.b[u];
     }
   }
 
@@ -269,12 +277,13 @@ class Jacobi {
       ci.w *= growth;
       cj.w *= growth;
       // Where every rotation changed its columns by little, the cosines left are of the order of its square.
-      again_ |= r.share2[u] > settled_ * r.b[u] * r.small[u];
-      const Mask<T> cancelled = r.rotated[u] & (y_norm < T(0.02) * r.b[u]);
+      again_ |= (r.share2[u] > settled_ * r.b[u] * r.small[u]) | (r.other2[u] > settled_ * r.a[u]);
+      const Mask<T> x_lost = r.rotated[u] & (x_norm < T(0.02) * r.a[u]),
+                    y_lost = r.rotated[u] & (y_norm < T(0.02) * r.b[u]);
       const Mask<T> grown = r.rotated[u] & (r.wx[u] * growth > kGrowth);
-      r.lost_i[u] = (r.swapped[u] & cancelled) | grown;
-      r.lost_j[u] = (~r.swapped[u] & cancelled) | grown;
-      lost |= cancelled | grown;
+      r.lost_i[u] = (r.swapped[u] ? y_lost : x_lost) | grown;
+      r.lost_j[u] = (r.swapped[u] ? x_lost : y_lost) | grown;
+      lost |= x_lost | y_lost | grown;
     }
     return any(lost);
   }
@@ -397,7 +406,7 @@ class Jacobi {
       const V h = r.factor[u] * r.cosine2[u], grown = r.q2[u] * h;
       columns_[r.pairs[u].i].correction += r.swapped[u] ? -h : grown;
       columns_[r.pairs[u].j].correction += r.swapped[u] ? grown : -h;
-      again_ |= r.share2[u] > kAddsUp * r.b[u];
+      again_ |= (r.share2[u] > kAddsUp * r.b[u]) | (r.other2[u] > kAddsUp * r.a[u]);
     }
   }
   template <int K>

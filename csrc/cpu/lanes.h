@@ -204,6 +204,17 @@ inline Vector<T> unit_scale(Vector<T> x) {
   return x > 0 ? scale : broadcast<T>(1);
 }
 
+// x/|x|, or 1 for 0, and |x|: of length 1 to the last digits even where the square of x would leave the range.
+template <class N>
+inline N direction(N x, Vector<ScalarOf<N>>& size) {
+  using T = ScalarOf<N>;
+  const Vector<T> scale = unit_scale<T>(largest_part(x)), one = broadcast<T>(1);
+  const N near = x * scale;
+  const Vector<T> length = square_root<T>(abs2(near));
+  size = length / scale;
+  return select(length > 0, near * (1 / length), from_real<N>(one));
+}
+
 // The same value, but the compiler does not know: neither fused with nor replaced by what it was computed from.
 template <class V>
 inline V opaque(V x) {

@@ -148,15 +148,23 @@ struct Decomposition {
 
   // J = D_0⁻¹ J̃ D: its columns have unit length, which also says what rounding took from d.
   void normalise_vectors(N* x, V size, const Column<T>& column) const {
-    const V inverse = size > 0 ? 1 / size : V{}, d = column.d / square_root<T>(column.w);
+    const V inverse = size > 0 ? 1 / size : V{};
+    V d = column.d / square_root<T>(column.w), largest{};
+    d = d * unit_scale<T>(d);  // lengths are of no account, but a square must not leave the range
     for (int64_t i = 0; i < cols; ++i) x[i] = x[i] * inverse;
     V length2{};
     for (int64_t i = 0; i < cols; ++i) {
       const V ratio = d * columns[i].inverse_start;  // where it is out of range J̃ is 0
       x[padded + i] = x[padded + i] * (ratio > Format<T>::largest ? broadcast<T>(Format<T>::largest) : ratio);
+      const V part = largest_part(x[padded + i]);
+      largest = largest < part ? part : largest;
+    }
+    const V near = unit_scale<T>(largest);
+    for (int64_t i = 0; i < cols; ++i) {
+      x[padded + i] = x[padded + i] * near;
       length2 += abs2(x[padded + i]);
     }
-    const V unit = 1 / square_root<T>(length2);
+    const V unit = length2 > 0 ? 1 / square_root<T>(length2) : V{};
     for (int64_t i = 0; i < cols; ++i) x[padded + i] = x[padded + i] * unit;
   }
 };

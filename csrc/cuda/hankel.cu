@@ -80,8 +80,10 @@ __device__ void factorise(const Team& team, const Generator<T>& g, int n, int m,
       R norm = 0;
       T entry = number<T>(any && i == q ? sqrt(pivot.largest) * scale : R(0));
       if (left) {
-        const T over = inverse(one_minus(g.lambda[i], lambda_q));
-        const T phi = (g.lambda[i] - lambda_q) * over;
+        // 1 − λ_i λ_q* = 1 − |λ_q|² − (λ_i − λ_q) λ_q*, where neither term is larger than twice the whole
+        const T apart = g.lambda[i] - lambda_q;
+        const T over = inverse(number<T>(g.den[q]) - apart * conj(lambda_q));
+        const T phi = apart * over;
         entry = dot * over * (R(1) / sqrt(pivot.largest) * scale);
         const T weight = dot * (R(1) / g.norm[q]);  // b_i ← (b_i − w b_q) + φ w b_q
         for (int j = team.lane; j < m; j += team.width) {

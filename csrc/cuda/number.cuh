@@ -133,26 +133,18 @@ __device__ __forceinline__ R difference(R a, R p, R& lost) {
   return s;
 }
 
-// 1 − a b*, to the last digits of its size however close a b* is to 1.
-KD_REAL(R) R one_minus(R a, R b) {
-  const R p = product(a, b);
-  R lost = -fused(a, b, -p);
+// 1 − |a|², to its last digits however close |a| is to 1.
+KD_REAL(R) R one_minus_abs2(R a) {
+  const R p = product(a, a);
+  R lost = -fused(a, a, -p);
   const R s = difference(R(1), p, lost);
   return sum(s, lost);
 }
-KD_REAL(R) Complex<R> one_minus(Complex<R> a, Complex<R> b) {
-  const R p = product(a.re, b.re), q = product(a.im, b.im);
-  R lost = -sum(fused(a.re, b.re, -p), fused(a.im, b.im, -q));
-  const R s = difference(R(1), p, lost), t = difference(s, q, lost);
-  const R w = product(a.im, b.re);  // a_re b_im − a_im b_re (Kahan)
-  return {sum(t, lost), sum(fused(a.re, b.im, -w), fused(-a.im, b.re, w))};
-}
-// 1 − |a|²
-KD_REAL(R) R one_minus_abs2(R a) {
-  return one_minus(a, a);
-}
 KD_REAL(R) R one_minus_abs2(Complex<R> a) {
-  return one_minus(a, a).re;
+  const R p = product(a.re, a.re), q = product(a.im, a.im);
+  R lost = -sum(fused(a.re, a.re, -p), fused(a.im, a.im, -q));
+  const R s = difference(R(1), p, lost), t = difference(s, q, lost);
+  return sum(t, lost);
 }
 
 #undef KD_REAL

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, and return the exit code: 1 when a result was wrong."""
+    """Measure, print, and return the exit code: 1 when one of our results was wrong."""
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     seconds = arguments.seconds if arguments.seconds is not None else (0.3 if arguments.quick else 30.0)
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         from kdkernels.cli.plot import draw
 
         draw(report, arguments.png)
-    return 0 if rows and all(row.ok for row in rows) else 1
+    return 0 if rows and all(row.ok for row in rows if row.variant == "kdkernels") else 1
 
 
 def measure(workload: Any, rates: Rates, device: str, seconds: float, memory: bool) -> list[Row]:

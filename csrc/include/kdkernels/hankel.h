@@ -9,8 +9,9 @@
 //   L_ik = b_i u √(1 − |λ_q|²) / (1 − λ_i λ_q*)      b_i ← b_i + (φ(λ_i) − 1) b_i u uᴴ      b_q ← 0
 //
 // where the b_i are first rotated so that u is a unit vector, and only one coordinate is multiplied by φ. Nothing is
-// subtracted from a pivot, so each is as accurate as the differences 1 − λ_i λ_q*, which are formed with
-// compensated products; the sum of those that remain is the trace of what the columns so far leave of P.
+// subtracted from a pivot, so each is as accurate as the differences 1 − λ_i λ_q*, which are 1 − |λ_q|², formed with
+// compensated products, less (λ_i − λ_q) λ_q*; the sum of those that remain is the trace of what the columns leave of
+// P.
 #pragma once
 
 #include "tensor.h"

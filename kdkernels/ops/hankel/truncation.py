@@ -46,7 +46,8 @@ class BalancedTruncation:
 
         So move states (k of them beside each other) and B.
         """
-        return self.projection @ x.to(self.projection.dtype)
+        dtype = torch.promote_types(self.projection.dtype, x.dtype)
+        return self.projection.to(dtype) @ x.to(dtype)
 
     def transport_dual(self, x: Tensor) -> Tensor:
         """Functionals on the state space in the new basis: (..., k, n) -> (..., k, r), x T_r X.
@@ -55,7 +56,8 @@ class BalancedTruncation:
         first moment of it, moves as `transport_dual(x.mH).mH`, that of C as `transport(x.mH).mH`. Second moments and
         everything of Lambda do not move linearly: reset those.
         """
-        return x.to(self.lift.dtype) @ self.lift
+        dtype = torch.promote_types(self.lift.dtype, x.dtype)
+        return x.to(dtype) @ self.lift.to(dtype)
 
 
 def balanced_truncation(
@@ -123,6 +125,8 @@ def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | Non
     sigma, T, W = _balance(system, backend)
     if bool(sigma.isnan().any()):
         systems.refuse_unstable()
+    if not bool(sigma.isfinite().all()):
+        raise ValueError("B and C are too large: their Hankel singular values leave float64's range")
     n = system.order
     if rank is None:
         assert tolerance is not None

@@ -20,6 +20,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "wide": {"rows": 5, "cols": 12},
     "graded": {"kind": "graded", "rows": 16, "cols": 16},
     "repeated": {"kind": "repeated"},
+    "nearly orthogonal": {"kind": "nearly orthogonal", "rows": 8, "cols": 8},
     "low rank": {"kind": "low rank", "rows": 12, "cols": 9},
     "zero": {"kind": "zero"},
     "many": {"N": 70, "rows": 16, "cols": 16},

@@ -19,7 +19,10 @@ def make_matrices(
     device: str = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """(N, rows, cols). `graded` columns span 30 decades, `repeated` values are 2 and 1, `low rank` is a third."""
+    """(N, rows, cols). `graded` columns span 30 decades, `repeated` values are 2 and 1, `low rank` is a third.
+
+    `nearly orthogonal` columns, each half as long as the one before, take one sweep, which leaves a little to correct.
+    """
     draw = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
 
@@ -33,6 +36,9 @@ def make_matrices(
         U, _, Vh = torch.linalg.svd(x, full_matrices=False)
         values = 2.0 - (torch.arange(k) >= k // 2).to(torch.float64)
         x = (U * values) @ Vh
+    elif kind == "nearly orthogonal":
+        U, _, Vh = torch.linalg.svd(x, full_matrices=False)
+        x = (U @ Vh + 5e-4 * normal(N, rows, cols)) * 2.0 ** -torch.arange(cols)
     elif kind == "low rank":
         r = max(k // 3, 1)
         x = normal(N, rows, r) @ normal(N, r, cols)
