@@ -17,12 +17,7 @@ struct Alignment {
 
   void prepare(int64_t m) {
     N* f = sine;
-    Vector<T> largest{};
-    for (int64_t c = 0; c < m; ++c) {
-      const Vector<T> part = largest_part(f[c]);
-      largest = largest < part ? part : largest;
-    }
-    const Vector<T> scale = unit_scale<T>(largest), one = broadcast<T>(1);
+    const Vector<T> scale = unit_scale<T>(largest_of(f, m)), one = broadcast<T>(1);
     Vector<T> length;
     phase = conj(direction(f[0] * scale, length));
     for (int64_t c = 1; c < m; ++c) {
@@ -55,7 +50,6 @@ void factor_gramian(int64_t n, int64_t m, const N* lambda, const Vector<ScalarOf
                     Vector<ScalarOf<N>>* residual) {
   using T = ScalarOf<N>;
   using V = Vector<T>;
-  using Word = decltype(Mask<T>{}[0] + 0);
   Alignment<N> alignment{N{}, cosine, sine};
   for (int64_t i = 0; i < n; ++i) inverse_den[i] = 1 / den[i];
   for (int64_t k = 0; k < n; ++k) {
@@ -67,7 +61,7 @@ void factor_gramian(int64_t n, int64_t m, const N* lambda, const Vector<ScalarOf
       const V d = norm2 * inverse_den[i];
       const Mask<T> better = d > best;
       best = better ? d : best;
-      row = better ? Mask<T>{} + static_cast<Word>(i) : row;
+      row = better ? whole<T>(i) : row;
       trace += d;
     }
     if (residual) residual[k] = trace;

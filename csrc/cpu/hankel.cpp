@@ -53,38 +53,28 @@ class Systems {
   using V = Vector<T>;
 
  public:
-  static int64_t vectors(const Hankel& call) {
-    const int64_t n = call.n, io = max(call.m, call.p);
-    return N::parts * (n + n * io + io + (2 + 2 * wants_vectors(call)) * n * n) + 3 * n + io + (n + 1) +
-           Decomposition<N>::vectors(n, n, wants_vectors(call));
-  }
   static bool wants_vectors(const Hankel& call) { return call.T || call.W; }
   static bool wants_spectrum(const Hankel& call) { return call.values || wants_vectors(call); }
 
-  Systems(const Hankel& call, int64_t index, V* memory) : call_(call), index_(index), n_(call.n) {
+  explicit Systems(const Hankel& call, int64_t index = 0, V* memory = nullptr)
+      : call_(call), index_(index), n_(call.n), room_(memory), svd_(n_, n_, wants_vectors(call), room_) {
     const int64_t io = max(call.m, call.p);
-    const auto take = [&](int64_t count) {
-      V* taken = memory;
-      memory += count;
-      return taken;
-    };
-    const auto take_numbers = [&](int64_t count) { return reinterpret_cast<N*>(take(N::parts * count)); };
-    lambda_ = take_numbers(n_);
-    generators_ = take_numbers(n_ * io);
-    sine_ = take_numbers(io);
-    Lc_ = take_numbers(n_ * n_);
-    Lo_ = take_numbers(n_ * n_);
+    lambda_ = room_.template take<N>(n_);
+    generators_ = room_.template take<N>(n_ * io);
+    sine_ = room_.template take<N>(io);
+    Lc_ = room_.template take<N>(n_ * n_);
+    Lo_ = room_.template take<N>(n_ * n_);
     if (wants_vectors(call)) {
-      left_ = take_numbers(n_ * n_);
-      projected_ = take_numbers(n_ * n_);
+      left_ = room_.template take<N>(n_ * n_);
+      projected_ = room_.template take<N>(n_ * n_);
     }
-    cosine_ = take(io);
-    den_ = take(n_);
-    inverse_den_ = take(n_);
-    unit_ = take(n_);
-    residual_ = take(n_ + 1);
-    rest_ = memory;
+    cosine_ = room_.template take<V>(io);
+    den_ = room_.template take<V>(n_);
+    inverse_den_ = room_.template take<V>(n_);
+    unit_ = room_.template take<V>(n_);
+    residual_ = room_.template take<V>(n_ + 1);
   }
+  int64_t vectors() const { return room_.vectors(); }
 
   void run(const Schedule& schedule) {
     read_poles();
@@ -115,15 +105,6 @@ class Systems {
   }
 
  private:
-  static V largest_of(const N* x, int64_t count) {
-    V largest{};
-    for (int64_t k = 0; k < count; ++k) {
-      const V part = largest_part(x[k]);
-      largest = largest < part ? part : largest;
-    }
-    return largest;
-  }
-
   // Units of the states, powers of two, in which a state's row of B and column of C are of one size: σ does not depend
   // on units, but squares of rows that are far apart would leave the range. unit_ holds the columns' largest parts.
   // Factors and residuals are asked for in the units given.
@@ -171,25 +152,24 @@ class Systems {
 
   void decompose(const Schedule& schedule, V scale_c, V scale_o) {
     const bool with_vectors = wants_vectors(call_);
-    Decomposition<N> svd(n_, n_, with_vectors, rest_);
-    inner_products(n_, Lo_, Lc_, svd.M);
-    svd.decompose(schedule, with_vectors, with_vectors);
-    if (with_vectors) svd.left_vectors(left_, n_);
-    svd.sort();
+    inner_products(n_, Lo_, Lc_, svd_.M);
+    svd_.decompose(schedule, with_vectors, with_vectors);
+    if (with_vectors) svd_.left_vectors(left_, n_);
+    svd_.sort();
     if (call_.values) {
       const V scale = (1 / scale_c) * (1 / scale_o);
-      Group<T>(call_.values, index_).write(0, n_, [&](int64_t k) { return bad_ ? nan() : svd.values[k] * scale; });
+      Group<T>(call_.values, index_).write(0, n_, [&](int64_t k) { return bad_ ? nan() : svd_.values[k] * scale; });
     }
     if (!with_vectors) return;
-    for (int64_t j = 0; j < n_; ++j) svd.values[j] = svd.values[j] > 0 ? 1 / square_root<T>(svd.values[j]) : V{};
+    for (int64_t j = 0; j < n_; ++j) svd_.values[j] = svd_.values[j] > 0 ? 1 / square_root<T>(svd_.values[j]) : V{};
     const V balance = square_root<T>(scale_o) / square_root<T>(scale_c);
     if (call_.T) {
-      svd.reorder(svd.X, n_, svd.stride_X);
-      project_and_write(Lc_, svd.X, svd.stride_X, svd.values, balance, call_.T);
+      svd_.reorder(svd_.X, n_, svd_.stride_X);
+      project_and_write(Lc_, svd_.X, svd_.stride_X, svd_.values, balance, call_.T);
     }
     if (call_.W) {
-      svd.reorder(left_, n_, n_);
-      project_and_write(Lo_, left_, n_, svd.values, 1 / balance, call_.W);
+      svd_.reorder(left_, n_, n_);
+      project_and_write(Lo_, left_, n_, svd_.values, 1 / balance, call_.W);
     }
   }
 
@@ -207,9 +187,11 @@ class Systems {
 
   const Hankel& call_;
   int64_t index_, n_;
+  Workspace<T> room_;
+  Decomposition<N> svd_;
   Mask<T> bad_;
   N *lambda_, *generators_, *sine_, *Lc_, *Lo_, *left_ = nullptr, *projected_ = nullptr;
-  V *cosine_, *den_, *inverse_den_, *unit_, *residual_, *rest_;
+  V *cosine_, *den_, *inverse_den_, *unit_, *residual_;
 };
 
 template <class N>
@@ -218,7 +200,7 @@ void hankel_all(const Hankel& call, int threads) {
   const int64_t n = call.n, batch = call.Lambda.rows;
   if (batch == 0 || n == 0) return;
   threads = useful_threads(threads, batch * n * n * 10 * (n + call.m + call.p));
-  const int64_t room = round_up(Systems<N>::vectors(call), 64);
+  const int64_t room = round_up(Systems<N>(call).vectors(), 64);
   const Schedule schedule = Decomposition<N>::schedule(n, Systems<N>::wants_vectors(call));
   const Buffer<Vector<T>> rooms(threads * room);
   parallel_for(threads, ceil_div(batch, kLanes<T>),

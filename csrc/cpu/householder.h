@@ -33,12 +33,7 @@ void householder(N* A, int64_t rows, int64_t cols, int64_t stride, N* diagonal, 
       tau[k] = Vector<T>{};
       return;
     }
-    Vector<T> largest{};
-    for (int64_t i = 0; i < count; ++i) {
-      const Vector<T> part = largest_part(v[i]);
-      largest = largest < part ? part : largest;
-    }
-    const Vector<T> scale = unit_scale<T>(largest);
+    const Vector<T> scale = unit_scale<T>(largest_of(v, count));
     Vector<T> tail{};
     for (int64_t i = 0; i < count; ++i) {
       v[i] = v[i] * scale;

@@ -167,12 +167,7 @@ class Jacobi {
 
   void prepare_column(int64_t j) {
     N* x = column(j);
-    V largest{};
-    for (int64_t i = 0; i < rows_; ++i) {
-      const V part = largest_part(x[i]);
-      largest = largest < part ? part : largest;
-    }
-    const V scale = unit_scale<T>(largest);
+    const V scale = unit_scale<T>(largest_of(x, rows_));
     for (int64_t i = 0; i < rows_; ++i) x[i] = x[i] * scale;
     columns_[j] = {1 / scale, scale, norm2(x), broadcast<T>(1), V{}, scale};
   }
@@ -218,7 +213,8 @@ class Jacobi {
   };
 
   template <int K>
-  void multiply(Rotations<K>& r) const {
+  void multiply(const Pair* pairs, Rotations<K>& r) const {
+    for (int u = 0; u < K; ++u) r.pairs[u] = pairs[u];
 #pragma GCC unroll 4
     for (int u = 0; u < K; ++u) r.g[u] = dot(column(r.pairs[u].i), column(r.pairs[u].j));
   }
@@ -306,8 +302,7 @@ class Jacobi {
   template <int K>
   void rotate_pairs(const Pair* pairs) {
     Rotations<K> r;
-    for (int u = 0; u < K; ++u) r.pairs[u] = pairs[u];
-    multiply(r);
+    multiply(pairs, r);
     measure(r);
     const bool lost = turn(r);
     carry_out(r);
@@ -412,8 +407,7 @@ class Jacobi {
   template <int K>
   void correct_pairs(const Pair* pairs) {
     Rotations<K> r;
-    for (int u = 0; u < K; ++u) r.pairs[u] = pairs[u];
-    multiply(r);
+    multiply(pairs, r);
     correct(r);
   }
   template <int K>

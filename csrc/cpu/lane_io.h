@@ -9,13 +9,12 @@ namespace kd::KD_ISA {
 template <class T>
 inline void transpose_lanes(Vector<T>* rows) {
   constexpr int L = kLanes<T>;
-  using Word = decltype(Mask<T>{}[0] + 0);
 #pragma GCC unroll 4
   for (int s = L / 2; s >= 1; s /= 2) {
     Mask<T> low, high;
     for (int l = 0; l < L; ++l) {
-      low[l] = static_cast<Word>(l & s ? L + l - s : l);
-      high[l] = static_cast<Word>(l & s ? L + l : l + s);
+      low[l] = static_cast<Word<T>>(l & s ? L + l - s : l);
+      high[l] = static_cast<Word<T>>(l & s ? L + l : l + s);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
@@ -116,12 +115,7 @@ inline Mask<ScalarOf<N>> not_finite(const N* x, int64_t count) {
 template <class N>
 inline Vector<ScalarOf<N>> normalise(N* x, int64_t count, Mask<ScalarOf<N>> bad) {
   using T = ScalarOf<N>;
-  Vector<T> largest{};
-  for (int64_t k = 0; k < count; ++k) {
-    const Vector<T> part = largest_part(x[k]);
-    largest = largest < part ? part : largest;
-  }
-  const Vector<T> scale = unit_scale<T>(bad ? Vector<T>{} : largest);
+  const Vector<T> scale = unit_scale<T>(bad ? Vector<T>{} : largest_of(x, count));
   for (int64_t k = 0; k < count; ++k) x[k] = select(bad, N{}, x[k] * scale);
   return scale;
 }

@@ -8,6 +8,13 @@ namespace kd::KD_ISA {
 // All bits of a lane set, or none: what comparisons of vectors give and `mask ? a : b` takes.
 template <class T>
 using Mask = typename IndexOf<T>::type;
+// A whole number as wide as T, and one in all lanes.
+template <class T>
+using Word = decltype(Mask<T>{}[0] + 0);
+template <class T>
+inline Mask<T> whole(int64_t x) {
+  return Mask<T>{} + static_cast<Word<T>>(x);
+}
 
 template <class T>
 struct Real {
@@ -25,6 +32,25 @@ struct Complex {
 
 template <class N>
 using ScalarOf = typename N::Scalar;
+
+// Parts of a lane group's workspace, one behind the other; without memory they are only counted.
+template <class T>
+class Workspace {
+ public:
+  explicit Workspace(Vector<T>* memory = nullptr) : memory_(memory) {}
+  int64_t vectors() const { return vectors_; }
+
+  template <class U>
+  U* take(int64_t count) {
+    Vector<T>* const part = memory_ ? memory_ + vectors_ : nullptr;
+    vectors_ += count * static_cast<int64_t>(sizeof(U) / sizeof(Vector<T>));
+    return reinterpret_cast<U*>(part);
+  }
+
+ private:
+  Vector<T>* memory_;
+  int64_t vectors_ = 0;
+};
 
 // The k-th vector of an array of numbers, and one lane of a number's part.
 template <class N>
@@ -145,6 +171,16 @@ inline Vector<T> largest_part(Complex<T> a) {
   return re < im ? im : re;
 }
 
+template <class N>
+inline Vector<ScalarOf<N>> largest_of(const N* x, int64_t count) {
+  Vector<ScalarOf<N>> largest{};
+  for (int64_t k = 0; k < count; ++k) {
+    const Vector<ScalarOf<N>> part = largest_part(x[k]);
+    largest = largest < part ? part : largest;
+  }
+  return largest;
+}
+
 template <class T>
 inline Vector<T> square_root(Vector<T> x) {
 #if defined(__AVX512F__)
@@ -195,9 +231,8 @@ struct Format<double> {
 template <class T>
 inline Vector<T> unit_scale(Vector<T> x) {
   constexpr int bias = Format<T>::bias;
-  using Word = decltype(Mask<T>{}[0] + 0);
   Mask<T> exponent = reinterpret_cast<Mask<T>>(x) >> Format<T>::mantissa;
-  const Mask<T> least = Mask<T>{} + static_cast<Word>(1), most = Mask<T>{} + static_cast<Word>(2 * bias - 1);
+  const Mask<T> least = whole<T>(1), most = whole<T>(2 * bias - 1);
   exponent = exponent < least ? least : exponent;
   exponent = exponent > most ? most : exponent;
   const Vector<T> scale = reinterpret_cast<Vector<T>>((2 * bias - exponent) << Format<T>::mantissa);

@@ -19,27 +19,18 @@ struct Decomposition {
 
   static int64_t padded_rows(int64_t cols) { return round_up(cols, Jacobi<N>::kUnroll); }
   static int64_t column_stride(int64_t cols, bool with_vectors) { return (with_vectors ? 2 : 1) * padded_rows(cols); }
-  static int64_t vectors(int64_t rows, int64_t cols, bool with_vectors) {
-    const int64_t stride = column_stride(cols, with_vectors);
-    return N::parts * (rows * cols + stride * cols + cols) + 3 * cols + 6 * cols;
-  }
   static Schedule schedule(int64_t cols, bool with_vectors) {
     return Schedule(cols, sizeof(N) * column_stride(cols, with_vectors), Jacobi<N>::kTwos);
   }
-  Decomposition(int64_t rows, int64_t cols, bool with_vectors, V* memory)
+  Decomposition(int64_t rows, int64_t cols, bool with_vectors, Workspace<T>& room)
       : rows(rows), cols(cols), stride_M(rows), padded(padded_rows(cols)), stride_X(column_stride(cols, with_vectors)) {
-    const auto take = [&](int64_t count) {
-      V* taken = memory;
-      memory += count;
-      return taken;
-    };
-    M = reinterpret_cast<N*>(take(N::parts * rows * cols));
-    X = reinterpret_cast<N*>(take(N::parts * stride_X * cols));
-    diagonal = reinterpret_cast<N*>(take(N::parts * cols));
-    tau = take(cols);
-    values = take(cols);
-    order = reinterpret_cast<Mask<T>*>(take(cols));
-    columns = reinterpret_cast<Column<T>*>(take(6 * cols));
+    M = room.template take<N>(rows * cols);
+    X = room.template take<N>(stride_X * cols);
+    diagonal = room.template take<N>(cols);
+    tau = room.template take<V>(cols);
+    values = room.template take<V>(cols);
+    order = room.template take<Mask<T>>(cols);
+    columns = room.template take<Column<T>>(cols);
   }
 
   // M is destroyed. Fills `values`, unsorted; with vectors X's columns hold V and, from row `padded` on, J.
@@ -70,8 +61,7 @@ struct Decomposition {
 
   // Values descending in every lane; order[j] is the column that the j-th came from.
   void sort() {
-    using Word = decltype(Mask<T>{}[0] + 0);
-    for (int64_t j = 0; j < cols; ++j) order[j] = Mask<T>{} + static_cast<Word>(j);
+    for (int64_t j = 0; j < cols; ++j) order[j] = whole<T>(j);
     for (int64_t round = 0; round < cols; ++round)
       for (int64_t j = round % 2; j + 1 < cols; j += 2) {
         const V a = values[j], b = values[j + 1];
@@ -149,17 +139,15 @@ struct Decomposition {
   // J = D_0⁻¹ J̃ D: its columns have unit length, which also says what rounding took from d.
   void normalise_vectors(N* x, V size, const Column<T>& column) const {
     const V inverse = size > 0 ? 1 / size : V{};
-    V d = column.d / square_root<T>(column.w), largest{};
+    V d = column.d / square_root<T>(column.w);
     d = d * unit_scale<T>(d);  // lengths are of no account, but a square must not leave the range
     for (int64_t i = 0; i < cols; ++i) x[i] = x[i] * inverse;
     V length2{};
     for (int64_t i = 0; i < cols; ++i) {
       const V ratio = d * columns[i].inverse_start;  // where it is out of range J̃ is 0
       x[padded + i] = x[padded + i] * (ratio > Format<T>::largest ? broadcast<T>(Format<T>::largest) : ratio);
-      const V part = largest_part(x[padded + i]);
-      largest = largest < part ? part : largest;
     }
-    const V near = unit_scale<T>(largest);
+    const V near = unit_scale<T>(largest_of(x + padded, cols));
     for (int64_t i = 0; i < cols; ++i) {
       x[padded + i] = x[padded + i] * near;
       length2 += abs2(x[padded + i]);

@@ -6,30 +6,43 @@
 namespace kd::KD_ISA {
 namespace {
 
+// A lane group's decomposition and room for U.
+template <class N>
+struct Room {
+  Workspace<ScalarOf<N>> memory;
+  Decomposition<N> svd;
+  N* left;
+
+  explicit Room(const Svd& call, Vector<ScalarOf<N>>* vectors = nullptr)
+      : memory(vectors),
+        svd(call.rows, call.cols, bool(call.left), memory),
+        left(memory.template take<N>(call.left ? call.rows * call.cols : 0)) {}
+};
+
 template <class N>
 void decompose_group(const Svd& call, int64_t index, const Schedule& schedule, Vector<ScalarOf<N>>* memory) {
   using T = ScalarOf<N>;
   using V = Vector<T>;
   const int64_t rows = call.rows, cols = call.cols;
   const bool with_vectors = bool(call.left);
-  Decomposition<N> svd(rows, cols, with_vectors, memory);
+  Room<N> room(call, memory);
+  Decomposition<N>& svd = room.svd;
   read_columns(Group<T>(call.matrices, index), rows, cols, svd.M, rows);
   const Mask<T> bad = not_finite(svd.M, rows * cols);
   const V inverse_scale = 1 / normalise(svd.M, rows * cols, bad);
   svd.decompose(schedule, with_vectors);
-  N* left = reinterpret_cast<N*>(memory + Decomposition<N>::vectors(rows, cols, with_vectors));
   if (with_vectors) {
     svd.complete_right();
-    svd.left_vectors(left, rows);
+    svd.left_vectors(room.left, rows);
   }
   svd.sort();
   Group<T>(call.values, index).write(0, cols, [&](int64_t k) {
     return bad ? broadcast<T>(static_cast<T>(__builtin_nan(""))) : svd.values[k] * inverse_scale;
   });
   if (!with_vectors) return;
-  svd.reorder(left, rows, rows);
+  svd.reorder(room.left, rows, rows);
   svd.reorder(svd.X, cols, svd.stride_X);
-  write_columns(Group<T>(call.left, index), rows, cols, left, rows, bad);
+  write_columns(Group<T>(call.left, index), rows, cols, room.left, rows, bad);
   write_columns(Group<T>(call.right, index), cols, cols, svd.X, svd.stride_X, bad);
 }
 
@@ -40,8 +53,7 @@ void decompose_all(const Svd& call, int threads) {
   if (batch == 0 || cols == 0) return;
   const bool with_vectors = bool(call.left);
   threads = useful_threads(threads, batch * cols * cols * (rows + 10 * cols));
-  const int64_t room =
-      round_up(Decomposition<N>::vectors(rows, cols, with_vectors) + (with_vectors ? N::parts * rows * cols : 0), 64);
+  const int64_t room = round_up(Room<N>(call).memory.vectors(), 64);
   const Schedule schedule = Decomposition<N>::schedule(cols, with_vectors);
   const Buffer<Vector<T>> rooms(threads * room);
   parallel_for(threads, ceil_div(batch, kLanes<T>), [&](int64_t index, int worker) {

@@ -65,7 +65,7 @@ def gramian_factors(Lambda: Operand, B: Operand, C: Operand, *, backend: str = "
     def compute(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
         if chosen.backend == "reference":
             return reference.gramian_factors(Lambda, B, C)
-        return schema.gramian_factors(Lambda, B, C, chosen.backend)
+        return schema.gramian_factors(Lambda, B, C)
 
     found = systems.each(compute, (_square, _square, _residual, _residual))
     results = found if systems.is_list else [found]
@@ -120,7 +120,7 @@ def hankel_singular_values(
         if chosen.backend == "reference":
             return reference.hankel_singular_values(Lambda, B, C, horizon)
         vectors = torch.is_grad_enabled() and any(x.requires_grad for x in (Lambda, B, C))
-        return schema.hankel_singular_values(Lambda, B, C, horizon or 0, vectors, chosen.backend)[0]
+        return schema.hankel_singular_values(Lambda, B, C, horizon or 0, vectors)[0]
 
     sigma = systems.each(compute, (lambda x, n: x[..., :n],))
     if horizon is None:

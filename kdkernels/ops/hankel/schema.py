@@ -17,7 +17,7 @@ NO_GRADIENT = "gramian_factors has no accelerated backward; use backend='referen
 
 @torch.library.custom_op("kdkernels::hankel_singular_values", mutates_args=())
 def hankel_singular_values(
-    Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool, backend: str
+    Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """σ (N, n) and, with `vectors`, T and W (N, n, n) in float64, which backward needs; else they are empty."""
     from kdkernels.ops.hankel import native
@@ -30,7 +30,7 @@ def hankel_singular_values(
 
 
 @hankel_singular_values.register_fake
-def _(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
     N, n = Lambda.shape
     sigma = B.new_empty(N, n, dtype=B.real.dtype)
     if not vectors:
@@ -56,7 +56,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    Lambda, B, C, ctx.horizon, ctx.vectors, _ = inputs
+    Lambda, B, C, ctx.horizon, ctx.vectors = inputs
     ctx.save_for_backward(Lambda, B, C, *output[1:])
 
 
@@ -65,14 +65,14 @@ def _differentiate(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
         raise RuntimeError("kdkernels::hankel_singular_values has a gradient only with vectors=True")
     needs = list(ctx.needs_input_grad[:3])
     found = hankel_singular_values_backward(grad, *ctx.saved_tensors, ctx.horizon, needs)
-    return *(x if need else None for x, need in zip(found, needs, strict=True)), None, None, None
+    return *(x if need else None for x, need in zip(found, needs, strict=True)), None, None
 
 
 hankel_singular_values.register_autograd(_differentiate, setup_context=_save)
 
 
 @torch.library.custom_op("kdkernels::gramian_factors", mutates_args=())
-def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L_c and L_o (N, n, n), and the residuals of their traces (N, n + 1)."""
     from kdkernels.ops.hankel import native
 
@@ -80,7 +80,7 @@ def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor, backend: str) -> tuple
 
 
 @gramian_factors.register_fake
-def _(Lambda: Tensor, B: Tensor, C: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, n = Lambda.shape
     L_c, L_o = (B.new_empty(N, n, n) for _ in range(2))
     residual_c, residual_o = (B.new_empty(N, n + 1, dtype=B.real.dtype) for _ in range(2))

@@ -50,7 +50,7 @@ def svd(matrix: Tensor, *, backend: str = "auto") -> SVD:
     if chosen.backend == "reference":
         return SVD(*reference.svd(matrix))
     leading, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
-    U, S, Vh = schema.svd(matrix.reshape(prod(leading), rows, cols), chosen.backend)
+    U, S, Vh = schema.svd(matrix.reshape(prod(leading), rows, cols))
     return SVD(*(x.reshape(*leading, *x.shape[1:]) for x in (U, S, Vh)))
 
 
@@ -65,10 +65,8 @@ def svdvals(matrix: Tensor, *, backend: str = "auto") -> Tensor:
         return reference.svdvals(matrix)
     leading, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
     batch = matrix.reshape(prod(leading), rows, cols)
-    if torch.is_grad_enabled() and matrix.requires_grad:
-        S = schema.svd(batch, chosen.backend)[1]
-    else:
-        S = schema.svdvals(batch, chosen.backend)
+    differentiable = torch.is_grad_enabled() and matrix.requires_grad
+    S = schema.svd(batch)[1] if differentiable else schema.svdvals(batch)
     return S.reshape(*leading, S.shape[-1])
 
 

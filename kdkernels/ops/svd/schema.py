@@ -12,7 +12,7 @@ from kdkernels.ops.svd import gradient
 
 
 @torch.library.custom_op("kdkernels::svd", mutates_args=())
-def svd(matrix: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(N, rows, cols) -> U (N, rows, k), S (N, k), Vh (N, k, cols)."""
     from kdkernels.ops.svd import native
 
@@ -22,7 +22,7 @@ def svd(matrix: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @svd.register_fake
-def _(matrix: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, rows, cols = matrix.shape
     k = min(rows, cols)
     real = matrix.real.dtype
@@ -30,7 +30,7 @@ def _(matrix: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("kdkernels::svdvals", mutates_args=())
-def svdvals(matrix: Tensor, backend: str) -> Tensor:
+def svdvals(matrix: Tensor) -> Tensor:
     """(N, rows, cols) -> S (N, k). Has no gradient: where one is needed, `svd` gives S."""
     from kdkernels.ops.svd import native
 
@@ -38,7 +38,7 @@ def svdvals(matrix: Tensor, backend: str) -> Tensor:
 
 
 @svdvals.register_fake
-def _(matrix: Tensor, backend: str) -> Tensor:
+def _(matrix: Tensor) -> Tensor:
     N, rows, cols = matrix.shape
     return matrix.new_empty(N, min(rows, cols), dtype=matrix.real.dtype)
 
@@ -48,10 +48,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # zeros would meet 1/(s_j − s_i) at repeated values
 
 
-def _differentiate(ctx: Any, dU: Tensor | None, dS: Tensor | None, dVh: Tensor | None) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dU: Tensor | None, dS: Tensor | None, dVh: Tensor | None) -> Tensor:
     U, S, Vh = ctx.saved_tensors
     with torch.autocast(U.device.type, enabled=False):
-        return gradient.backward(U, S, Vh, dU, dS, dVh), None
+        return gradient.backward(U, S, Vh, dU, dS, dVh)
 
 
 svd.register_autograd(_differentiate, setup_context=_save)
