@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -171,7 +172,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-EXPLAINERS: dict[str, Callable[..., Explanation]] = {}
+EXPLAINERS: dict[str, tuple[Callable[..., Any], Callable[..., Explanation]]] = {}
+
+
+def register_explainer(function: Callable[..., Any], explainer: Callable[..., Explanation]) -> None:
+    """Have `explain` answer for the operator `function` by `explainer`, which gets every argument by its name."""
+    EXPLAINERS[function.__name__] = (function, explainer)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -183,7 +189,10 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in EXPLAINERS:
         raise ValueError(f"op is {name!r}, but must be one of {', '.join(map(repr, EXPLAINERS))}")
-    return EXPLAINERS[name](*args, **kwargs)
+    function, explainer = EXPLAINERS[name]
+    call = signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    return explainer(**call.arguments)
 
 
 def passed_over(op: str, chosen: Implementation, device: str, dtypes: Iterable[torch.dtype]) -> dict[str, str]:

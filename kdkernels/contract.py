@@ -4,9 +4,10 @@ A `Contract` names each tensor argument and spells its shape in letters, as the 
 
     Contract(student="... d_s", student_proj="D d_s", weights="...")
 
-`bind` gives every letter its size, and where an argument does not fit it raises an error that names the
-argument, what it was and what it must be. Leading dimensions spelled `...` must be the same in every argument; those
-spelled `*` broadcast. Tensors are real unless the contract lists its dtypes.
+A `?` behind the shape says that the argument may be None. `bind` gives every letter its size, and where an argument
+does not fit it raises an error that names the argument, what it was and what it must be. Leading dimensions spelled
+`...` must be the same in every argument; those spelled `*` broadcast. Tensors are real unless the contract lists its
+dtypes.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,8 @@ class Contract:
 
     def __init__(self, dtypes: tuple[torch.dtype, ...] = (), /, **shapes: str) -> None:
         self.dtypes = dtypes
-        self.shapes = {name: tuple(spec.split()) for name, spec in shapes.items()}
+        self.shapes = {name: tuple(spec.removesuffix("?").split()) for name, spec in shapes.items()}
+        self.optional = {name for name, spec in shapes.items() if spec.endswith("?")}
 
     def bind(
         self, tensors: Mapping[str, Tensor | None], same: Mapping[str, str] | None = None, index: int | None = None
@@ -43,11 +45,12 @@ class Contract:
         first: tuple[str, torch.device] | None = None
         for name, spec in self.shapes.items():
             tensor = tensors.get(name)
-            if tensor is None:
+            if tensor is None and name in self.optional:
                 continue
             if index is not None:
                 name = f"{name}[{index}]"
             check_tensor(name, tensor, self.dtypes)
+            assert tensor is not None
             if first is None:
                 first = (name, tensor.device)
             elif tensor.device != first[1]:

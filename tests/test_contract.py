@@ -6,7 +6,7 @@ import torch
 
 from kdkernels.contract import Contract, check_choice, show
 
-CONTRACT = Contract(student="... d_s", student_proj="D d_s", bias="D", weights="...")
+CONTRACT = Contract(student="... d_s", student_proj="D d_s?", bias="D?", weights="...?")
 
 
 def test_letters_are_bound():
@@ -44,6 +44,7 @@ def test_shapes_and_devices_that_do_not_fit_are_named(tensors, message):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
+        (None, "student is NoneType, but must be a torch.Tensor"),
         ([1.0], "student is list, but must be a torch.Tensor"),
         (torch.ones(2, 5, dtype=torch.int64), "student has dtype torch.int64, but must be a floating-point tensor"),
         (torch.ones(2, 5, dtype=torch.complex64), "student has dtype torch.complex64"),

@@ -5,6 +5,9 @@ import torch
 
 import kdkernels as kd
 from kdkernels.ops.hankel import realization
+from kdkernels.ops.hankel.kernel import wide
+from kdkernels.testing.compare import relative_error
+from kdkernels.testing.hankel import models
 from kdkernels.testing.hankel.inputs import make_systems
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -71,6 +74,7 @@ def test_products_are_those_of_the_matrix(T, dtype):
     H = realization.BlockHankel(markov)
     expected = torch.stack([dense(x) for x in markov])
     torch.testing.assert_close(H.dense(), expected)
+    torch.testing.assert_close(H.norm(), expected.abs().square().sum((-2, -1)).sqrt())
     x, y = noise(2, H.shape[2], 5, dtype=dtype), noise(2, H.shape[1], 5, dtype=dtype)
     torch.testing.assert_close(H.times(x), expected @ x)
     torch.testing.assert_close(H.adjoint_times(y), expected.mH @ y)
@@ -152,6 +156,15 @@ def test_what_is_not_finite_stays_in_its_sequence(T):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
+def test_single_precision_data_come_back(dtype):
+    """Of a large matrix too the model drops only what rounding may have made."""
+    markov = models.make_markov(1025, 4, dtype, "cpu", N=1, n=32)
+    found = kd.era(markov, 32)
+    again = models.markov_of(*map(wide, found), 1025)
+    assert relative_error(again, markov) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
 def test_empty_batches(dtype):
     U, S, Vh = kd.hankel_svd(torch.ones(0, 5, 2, 1, dtype=dtype), 2)
     assert (U.shape, S.shape, Vh.shape) == ((0, 6, 2), (0, 2), (0, 2, 3))
@@ -165,6 +178,7 @@ def test_empty_batches(dtype):
         (torch.ones(5, 2), 1, ValueError, r"markov has shape \(5, 2\), but must be \(\.\.\., T, p, m\)"),
         (torch.ones(5, 2, 2).bfloat16(), 1, TypeError, "markov has dtype torch.bfloat16"),
         ([1.0], 1, TypeError, "markov is list"),
+        (None, 1, TypeError, "markov is NoneType, but must be a torch.Tensor"),
         (torch.ones(5, 0, 2), 1, ValueError, "T, p and m of at least 1"),
         (torch.ones(5, 1, 1), 4, ValueError, "rank is 4, but must be at most"),
         (torch.ones(5, 1, 1), 0, ValueError, "rank is 0, but must be a whole number of at least 1"),

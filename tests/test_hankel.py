@@ -402,6 +402,8 @@ UNSTABLE = torch.full((3,), 1.0 + 0j)
     (
         ({"Lambda": UNSTABLE}, ValueError, r"Lambda has \|λ\| = 1 at index \(0,\), but every \|λ\| must be below 1"),
         ({"Lambda": [1.0]}, TypeError, "B is Tensor, but must be a list, as Lambda is"),
+        ({"Lambda": None}, TypeError, "Lambda is NoneType, but must be a torch.Tensor"),
+        ({"B": None}, TypeError, "B is NoneType"),
         ({"Lambda": 0.5}, TypeError, "Lambda is float, but must be a torch.Tensor"),
         ({"Lambda": torch.ones(3, dtype=torch.int64)}, TypeError, "Lambda has dtype torch.int64"),
         ({"B": torch.ones(3, 2).bfloat16()}, TypeError, "B has dtype torch.bfloat16, but must have one of"),

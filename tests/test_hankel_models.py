@@ -8,6 +8,8 @@ import torch
 
 import kdkernels as kd
 from kdkernels.backend import TABLE
+from kdkernels.ops.hankel.native import LARGEST
+from kdkernels.ops.hankel.systems import rounded
 from kdkernels.testing.hankel import checks
 from kdkernels.testing.hankel.inputs import make_systems
 from kdkernels.testing.hankel.models import OPS
@@ -45,6 +47,10 @@ def test_explanations_of_realizations_say_whether_the_matrix_is_formed():
     assert dense.why_not and dense.bytes > 20 * fft.bytes
     with pytest.raises(ValueError, match="rank is 99"):
         kd.explain(kd.era, torch.ones(21, 2, 2), 99)
+    with pytest.raises(ValueError, match="rank is 3, but must be at most 2"):
+        kd.explain(kd.era, torch.ones(5, 1, 2), 3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'backend'"):
+        kd.explain(kd.era, torch.ones(5, 1, 2), 2, backend="native")
 
 
 def test_no_systems_are_explained_too():
@@ -66,6 +72,16 @@ def test_numbers_of_any_kind_are_tolerances(number):
     plain = kd.balanced_truncation(*SYSTEM, tolerance=float(number))
     assert kd.balanced_truncation(*SYSTEM, tolerance=number).rank == plain.rank
     assert kd.gramian_factors(*SYSTEM).ranks(number)[0].shape == (3,)
+
+
+def test_ranks_where_traces_overflow():
+    Lambda, B, C = (x.to(torch.complex64) for x in SYSTEM)
+    assert kd.gramian_factors(Lambda, 1e30 * B, C).ranks(0.5)[0].tolist() == [16] * 3
+
+
+def test_padding_moves_no_system_across_the_end_of_native():
+    for n in range(1, LARGEST + 1):
+        assert n <= rounded(n) <= LARGEST
 
 
 def test_a_horizon_beyond_an_int_is_named():

@@ -308,6 +308,7 @@ def test_strides_and_the_bits_of_views_do_not_matter():
 @pytest.mark.parametrize(
     ("matrix", "error", "message"),
     (
+        (None, TypeError, "matrix is NoneType, but must be a torch.Tensor"),
         ([[1.0]], TypeError, "matrix is list, but must be a torch.Tensor"),
         (torch.ones(2, 2, dtype=torch.bfloat16), TypeError, "matrix has dtype torch.bfloat16, but must have one of"),
         (torch.ones(2, 2, dtype=torch.int64), TypeError, "matrix has dtype torch.int64"),

@@ -24,14 +24,17 @@ class GramianFactors(NamedTuple):
     def ranks(self, tolerance: float) -> tuple[Tensor, Tensor]:
         """How many columns leave at most `tolerance` of each trace: two of (...), int64.
 
-        The residuals are sums of pivots, all at least 0, so the ranks are certified, not estimated.
+        The residuals are sums of pivots, all at least 0, so the ranks are certified, not estimated. They are n where
+        the trace itself leaves the dtype's range.
 
         Raises:
             TypeError, ValueError: tolerance is no number of at least 0.
         """
         check_number("tolerance", tolerance)
         residuals = (self.controllability_residual, self.observability_residual)
-        return tuple((r > float(tolerance) * r[..., :1]).sum(-1) for r in residuals)  # type: ignore[return-value]
+        left = (r[..., :-1] > float(tolerance) * r[..., :1] for r in residuals)
+        beyond = (r[..., :1].isinf() for r in residuals)
+        return tuple((x | y).sum(-1) for x, y in zip(left, beyond, strict=True))  # type: ignore[return-value]
 
 
 def gramian_factors(Lambda: Operand, B: Operand, C: Operand, *, backend: str = "auto") -> Any:

@@ -1,47 +1,26 @@
 """What the operators of this room cost, for `kd.explain`."""
 
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any
 
 from torch import Tensor
 
-from kdkernels.backend import EXPLAINERS, TABLE, Cost, Explanation, passed_over
+from kdkernels.backend import TABLE, Cost, Explanation, passed_over, register_explainer
 from kdkernels.ops.hankel import api
 from kdkernels.ops.hankel.native import LARGEST
-from kdkernels.ops.hankel.realization import OVERSAMPLE, BlockHankel, check, is_small
-from kdkernels.ops.hankel.systems import Operand, Systems
-from kdkernels.ops.hankel.truncation import check_order
+from kdkernels.ops.hankel.realization import OVERSAMPLE, BlockHankel, check_sequence, era, hankel_svd, is_small
+from kdkernels.ops.hankel.systems import Operand, Systems, check
+from kdkernels.ops.hankel.truncation import balanced_truncation, check_order
 
 
-def _explain_systems(
-    op: str,
-    Lambda: Operand,
-    B: Operand,
-    C: Operand,
-    *,
-    horizon: int | None = None,
-    real_output: bool = False,
-    backend: str = "auto",
-) -> Explanation:
-    systems, steps = api.arguments(Lambda, B, C, horizon, real_output)
-    return _explain(op, systems, steps, backend)
+def _explain_systems(op: str, backend: str, horizon: int | None = None, **system: Any) -> Explanation:
+    return _explain(op, *api.arguments(horizon=horizon, **{"real_output": False} | system), backend)
 
 
-def _explain_factors(Lambda: Operand, B: Operand, C: Operand, *, backend: str = "auto") -> Explanation:
-    return _explain_systems("gramian_factors", Lambda, B, C, backend=backend)
-
-
-def _explain_truncation(
-    Lambda: Operand,
-    B: Operand,
-    C: Operand,
-    *,
-    rank: int | None = None,
-    tolerance: float | None = None,
-    backend: str = "auto",
-) -> Explanation:
-    systems, _ = api.arguments(Lambda, B, C, None, False)
+def _explain_truncation(rank: int | None, tolerance: float | None, backend: str, **system: Operand) -> Explanation:
+    systems = check(**system)
     check_order(systems, rank, tolerance)
     return _explain("balanced_truncation", systems, None, backend)
 
@@ -76,7 +55,7 @@ def _explain(op: str, systems: Systems, horizon: int | None, backend: str) -> Ex
 
 
 def _explain_realization(op: str, markov: Tensor, rank: int) -> Explanation:
-    check(markov, rank)
+    check_sequence(op, markov, rank)
     H = BlockHankel(markov.detach().reshape(-1, *markov.shape[-3:]))
     N, rows, cols = H.shape
     large, small, width = max(rows, cols), min(rows, cols), rank + OVERSAMPLE
@@ -94,12 +73,13 @@ def _explain_realization(op: str, markov: Tensor, rank: int) -> Explanation:
     return Explanation(op, "reference", method, {}, costs)
 
 
-_explainers: dict[str, Any] = {
-    "gramian_factors": _explain_factors,
-    "hankel_singular_values": partial(_explain_systems, "hankel_singular_values"),
-    "hankel_energy": partial(_explain_systems, "hankel_energy"),
-    "balanced_truncation": _explain_truncation,
-    "hankel_svd": partial(_explain_realization, "hankel_svd"),
-    "era": partial(_explain_realization, "era"),
+_explainers: dict[Callable[..., Any], Callable[..., Explanation]] = {
+    api.gramian_factors: partial(_explain_systems, "gramian_factors"),
+    api.hankel_singular_values: partial(_explain_systems, "hankel_singular_values"),
+    api.hankel_energy: partial(_explain_systems, "hankel_energy"),
+    balanced_truncation: _explain_truncation,
+    hankel_svd: partial(_explain_realization, "hankel_svd"),
+    era: partial(_explain_realization, "era"),
 }
-EXPLAINERS.update(_explainers)
+for function, explainer in _explainers.items():
+    register_explainer(function, explainer)

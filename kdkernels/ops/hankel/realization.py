@@ -51,6 +51,12 @@ class BlockHankel:
         blocks = self.markov[:, place.to(self.markov.device)]  # (N, L, K, p, m)
         return blocks.permute(0, 1, 3, 2, 4).reshape(self.shape)
 
+    def norm(self) -> Tensor:
+        """‖H‖, the root of the sum of its squares: (N,)."""
+        k = torch.arange(1, self.T + 1, device=self.markov.device)
+        times = torch.minimum(k, self.T + 1 - k).clamp(max=min(self.L, self.K))  # that h_k stands in H
+        return (self.markov.abs().square().sum((-2, -1)) * times).sum(-1).sqrt()
+
     def times(self, x: Tensor) -> Tensor:
         """H x: (N, mK, q) -> (N, pL, q)."""
         x = x.reshape(len(x), self.K, self.m, -1)
@@ -105,7 +111,7 @@ def hankel_svd(markov: Tensor, rank: int) -> SVD:
         TypeError: markov is no tensor of these dtypes.
         ValueError: its shape does not fit, or rank is out of range.
     """
-    leading = check(markov, rank)
+    leading = check_sequence("hankel_svd", markov, rank)
     U, S, Vh = _leading(markov.detach(), rank)
     if torch.is_grad_enabled() and markov.requires_grad:
         h = wide(markov).reshape(-1, *markov.shape[-3:])
@@ -136,13 +142,13 @@ def era(markov: Tensor, rank: int) -> Realization:
     Raises:
         TypeError, ValueError: as `hankel_svd`.
     """
-    leading = check(markov, rank)
+    leading = check_sequence("era", markov, rank)
     p, m = markov.shape[-2:]
-    L = (markov.shape[-3] + 1) // 2
-    if rank > p * (L - 1):
-        raise ValueError(f"rank is {rank}, but must be at most {p * (L - 1)}: p times one less than the block rows")
     U, S, Vh = _leading(markov.detach(), rank)
-    kept = S[:, :1] * max(U.shape[1], Vh.shape[2]) * torch.finfo(markov.dtype).eps < S
+    # what rounding the data may have done to H, and what computing did
+    data, own = (torch.finfo(dtype).eps for dtype in (markov.dtype, torch.float64))
+    noise = data * BlockHankel(wide(markov.detach()).reshape(-1, *markov.shape[-3:])).norm().unsqueeze(-1)
+    kept = torch.maximum(noise, own * max(U.shape[1], Vh.shape[2]) * S[:, :1]) < S
     root = torch.where(kept, S, 0).sqrt() + 0 * S
     inverse = torch.where(kept, S, torch.inf).rsqrt()
     U = torch.where(kept.unsqueeze(-2), U, 0)
@@ -155,8 +161,8 @@ def era(markov: Tensor, rank: int) -> Realization:
     return Realization(*(x.reshape(*leading, *x.shape[1:]).to(markov.dtype) for x in guarded))
 
 
-def check(markov: Tensor, rank: int) -> tuple[int, ...]:
-    """The leading dimensions of a checked call."""
+def check_sequence(op: str, markov: Tensor, rank: int) -> tuple[int, ...]:
+    """The leading dimensions of a checked call of `op`."""
     sizes = CONTRACT.bind({"markov": markov})
     check_count("rank", rank)
     T, p, m = sizes["T"], sizes["p"], sizes["m"]
@@ -166,6 +172,8 @@ def check(markov: Tensor, rank: int) -> tuple[int, ...]:
     most = min(p * L, m * (T - L + 1))
     if rank > most:
         raise ValueError(f"rank is {rank}, but must be at most {most}, the smaller side of the block-Hankel matrix")
+    if op == "era" and rank > p * (L - 1):
+        raise ValueError(f"rank is {rank}, but must be at most {p * (L - 1)}: p times one less than the block rows")
     return sizes["..."]
 
 

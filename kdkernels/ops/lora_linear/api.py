@@ -19,7 +19,7 @@ from kdkernels.philox import draw_states
 OP = "lora_linear"
 GROUP = "lora_linear_group"
 FLOAT32_MAX = 3.4028234663852886e38
-CONTRACT = Contract(input="... d_in", weight="d_out d_in", lora_A="r d_in", lora_B="d_out r", bias="d_out")
+CONTRACT = Contract(input="... d_in", weight="d_out d_in", lora_A="r d_in", lora_B="d_out r", bias="d_out?")
 
 
 class LoRA(NamedTuple):
@@ -208,12 +208,12 @@ def _run(call: _Call) -> tuple[Tensor, ...]:
 
 
 def _explain(
-    input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, backend: str = "auto", **options: Any
+    input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, backend: str, **options: Any
 ) -> backends.Explanation:
     return _explain_call(OP, input, _prepare(input, [LoRA(weight, lora_A, lora_B, **options)], backend, ("",)))
 
 
-def _explain_group(input: Tensor, layers: Sequence[LoRA], *, backend: str = "auto") -> backends.Explanation:
+def _explain_group(input: Tensor, layers: Sequence[LoRA], backend: str) -> backends.Explanation:
     return _explain_call(GROUP, input, _prepare_group(input, layers, backend))
 
 
@@ -234,5 +234,5 @@ def _explain_call(op: str, input: Tensor, call: _Call) -> backends.Explanation:
     return backends.Explanation(op, call.backend.backend, method, reasons, costs)
 
 
-backends.EXPLAINERS[OP] = _explain
-backends.EXPLAINERS[GROUP] = _explain_group
+backends.register_explainer(lora_linear, _explain)
+backends.register_explainer(lora_linear_group, _explain_group)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kdkernels import backend as backends
-from kdkernels.contract import Contract, check_choice, check_tensor
+from kdkernels.contract import Contract, check_choice
 from kdkernels.ops.projection_alignment import method as methods
 from kdkernels.ops.projection_alignment import reference, schema
 
@@ -21,11 +21,11 @@ REDUCTIONS = ("mean", "sum", "none")
 CONTRACT = Contract(
     student="... d_s",
     teacher="... d_t",
-    student_proj="D d_s",
-    teacher_proj="D d_t",
-    student_bias="D",
-    teacher_bias="D",
-    weights="...",
+    student_proj="D d_s?",
+    teacher_proj="D d_t?",
+    student_bias="D?",
+    teacher_bias="D?",
+    weights="...?",
 )
 
 
@@ -129,8 +129,6 @@ def _prepare(
     for side, bias, proj in (("student", student_bias, student_proj), ("teacher", teacher_bias, teacher_proj)):
         if bias is not None and proj is None:
             raise ValueError(f"{side}_bias was given, but {side}_proj was not: a bias goes with a projection")
-    check_tensor("student", student)
-    check_tensor("teacher", teacher)
     weights = _as_weights(weights)
     operands: Operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
     unprojected = {letter: "D" for letter, proj in (("d_s", student_proj), ("d_t", teacher_proj)) if proj is None}
@@ -210,12 +208,7 @@ def _autocast(operands: Operands) -> Operands:
     return tuple(cast)  # type: ignore[return-value]
 
 
-def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
-    import inspect
-
-    bound = inspect.signature(projection_alignment_loss).bind(*args, **kwargs)
-    bound.apply_defaults()
-    a = bound.arguments
+def _explain(**a: Any) -> backends.Explanation:
     order = (*schema.NAMES, "weights", "metric", "reduction", "method", "backend")
     call = _prepare(*(a[name] for name in order))
     sizes = methods.sizes(call.operands, call.needs, call.backend.backend, a["metric"])
@@ -229,4 +222,4 @@ def _explain(*args: Any, **kwargs: Any) -> backends.Explanation:
     return backends.Explanation(OP, call.backend.backend, method, reasons, costs)
 
 
-backends.EXPLAINERS[OP] = _explain
+backends.register_explainer(projection_alignment_loss, _explain)

@@ -2,7 +2,7 @@
 
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def _prepare(op: str, matrix: Tensor, backend: str) -> backends.Implementation:
     return backends.choose(op, backend, matrix.device.type, (matrix.dtype,))
 
 
-def _explain(op: str, matrix: Tensor, *, backend: str = "auto") -> backends.Explanation:
+def _explain(op: str, matrix: Tensor, backend: str) -> backends.Explanation:
     from kdkernels.ops.svd.native import CROSSOVER
 
     chosen = _prepare(op, matrix, backend)
@@ -95,5 +95,5 @@ def _explain(op: str, matrix: Tensor, *, backend: str = "auto") -> backends.Expl
     return backends.Explanation(op, chosen.backend, method, reasons, costs)
 
 
-_explainers: dict[str, Any] = {op: partial(_explain, op) for op in ("svd", "svdvals")}
-backends.EXPLAINERS.update(_explainers)
+backends.register_explainer(svd, partial(_explain, "svd"))
+backends.register_explainer(svdvals, partial(_explain, "svdvals"))
