@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdkernels import backend as backends
 from kdkernels.contract import check_count, check_number
-from kdkernels.ops.hankel import reference, schema
+from kdkernels.ops.hankel import native, reference, schema
 from kdkernels.ops.hankel.systems import Operand, Systems, check
 
 MOST_STEPS = 2**63 - 1  # what an operator's int holds
@@ -123,6 +123,8 @@ def hankel_singular_values(
         if chosen.backend == "reference":
             return reference.hankel_singular_values(Lambda, B, C, horizon)
         vectors = torch.is_grad_enabled() and any(x.requires_grad for x in (Lambda, B, C))
+        if not vectors and not backends.watched((Lambda, B, C)):
+            return native.values(Lambda, B, C, horizon)
         return schema.hankel_singular_values(Lambda, B, C, horizon or 0, vectors)[0]
 
     sigma = systems.each(compute, (lambda x, n: x[..., :n],))
@@ -192,9 +194,7 @@ def kinds(systems: Systems) -> tuple[str, set[torch.dtype]]:
 
 def _refuse_unstable(systems: Systems, results: list[Tensor]) -> None:
     """Unstable systems give NaN: only then are they looked for, and only where that makes nobody wait."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if backends.watched(results):
         return
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return
-    if any(x.device.type == "cpu" and bool(x.detach().isnan().any()) for x in results):
+    if any(x.device.type == "cpu" and bool(x.detach().sum().isnan()) for x in results):
         systems.refuse_unstable()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.ops.hankel import gradient
+from kdkernels.ops.hankel import gradient, native
 
 TWICE = "hankel_singular_values' accelerated backward cannot be differentiated again; use backend='reference' for that"
 NO_GRADIENT = "gramian_factors has no accelerated backward; use backend='reference' for that"
@@ -20,8 +20,6 @@ def hankel_singular_values(
     Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """σ (N, n) and, with `vectors`, T and W (N, n, n) in float64, which backward needs; else they are empty."""
-    from kdkernels.ops.hankel import native
-
     if not vectors:
         none = Lambda.new_empty(0)
         return native.values(Lambda, B, C, horizon or None), none, none.clone()
@@ -74,8 +72,6 @@ hankel_singular_values.register_autograd(_differentiate, setup_context=_save)
 @torch.library.custom_op("kdkernels::gramian_factors", mutates_args=())
 def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L_c and L_o (N, n, n), and the residuals of their traces (N, n + 1)."""
-    from kdkernels.ops.hankel import native
-
     return native.gramian_factors(Lambda, B, C)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.backend import watched
 from kdkernels.ops.lora_linear.reference import accumulation_dtype
 
 BATCHED = "lora_linear's accelerated backward takes no batches of gradients; use backend='reference' for that"
@@ -263,17 +264,7 @@ def call(
 ) -> Sequence[Tensor]:
     """Y_k for each sibling: through torch.library where something must see the operator, else directly."""
     tensors = (input, *weights, *biases, *lora_A, *lora_B)
-    if _watched(tensors):
+    if watched(tensors):
         operands = (input, weights, biases, lora_A, lora_B)
         return lora_linear(*operands, scalings, dropout_p, states, backend)[: len(weights)]
     return _Plain.apply(len(weights), (scalings, dropout_p, states, backend), *tensors)
-
-
-def _watched(tensors: Sequence[Tensor]) -> bool:
-    """Whether a compiler, a transform, a mode or a tensor subclass is at work."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
-    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdkernels import backend as backends
 from kdkernels.contract import Contract
-from kdkernels.ops.svd import reference, schema
+from kdkernels.ops.svd import native, reference, schema
 
 CONTRACT = Contract(backends.REAL_OR_COMPLEX, matrix="... rows cols")
 
@@ -50,8 +50,9 @@ def svd(matrix: Tensor, *, backend: str = "auto") -> SVD:
     if chosen.backend == "reference":
         return SVD(*reference.svd(matrix))
     leading, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
-    U, S, Vh = schema.svd(matrix.reshape(prod(leading), rows, cols))
-    return SVD(*(x.reshape(*leading, *x.shape[1:]) for x in (U, S, Vh)))
+    batch = matrix.reshape(prod(leading), rows, cols)
+    found = schema.svd(batch) if _seen(batch) else native.svd(batch, vectors=True)
+    return SVD(*(x.reshape(*leading, *x.shape[1:]) for x in found if x is not None))
 
 
 def svdvals(matrix: Tensor, *, backend: str = "auto") -> Tensor:
@@ -65,9 +66,16 @@ def svdvals(matrix: Tensor, *, backend: str = "auto") -> Tensor:
         return reference.svdvals(matrix)
     leading, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
     batch = matrix.reshape(prod(leading), rows, cols)
-    differentiable = torch.is_grad_enabled() and matrix.requires_grad
-    S = schema.svd(batch)[1] if differentiable else schema.svdvals(batch)
+    if torch.is_grad_enabled() and matrix.requires_grad:
+        S = schema.svd(batch)[1]
+    else:
+        S = schema.svdvals(batch) if _seen(batch) else native.svd(batch, vectors=False)[1]
     return S.reshape(*leading, S.shape[-1])
+
+
+def _seen(matrix: Tensor) -> bool:
+    """Whether torch must see the operator: autograd, or what else watches."""
+    return (torch.is_grad_enabled() and matrix.requires_grad) or backends.watched((matrix,))
 
 
 def _prepare(op: str, matrix: Tensor, backend: str) -> backends.Implementation:
@@ -76,8 +84,6 @@ def _prepare(op: str, matrix: Tensor, backend: str) -> backends.Implementation:
 
 
 def _explain(op: str, matrix: Tensor, backend: str) -> backends.Explanation:
-    from kdkernels.ops.svd.native import CROSSOVER
-
     chosen = _prepare(op, matrix, backend)
     rows, cols = max(matrix.shape[-2:]), min(matrix.shape[-2:])
     N, size = prod(matrix.shape[:-2]), matrix.element_size()
@@ -87,7 +93,7 @@ def _explain(op: str, matrix: Tensor, backend: str) -> backends.Explanation:
     # QR and about six sweeps of 12 multiply-adds an element and pair (6 more with vectors); Golub and Van Loan, 8.6
     jacobi = real * N * (2 * rows * cols**2 + 6 * (1 + vectors) * 6 * cols**3 // 2)
     lapack = real * N * ((4 * rows * cols**2 + 22 * cols**3) if vectors else (2 * rows * cols**2 + 2 * cols**3))
-    most = CROSSOVER[matrix.dtype]
+    most = native.CROSSOVER[matrix.dtype]
     above = f"it serves up to {most} columns" if cols > most else None
     method = "jacobi" if chosen.backend == "native" and above is None else "lapack"
     costs = (backends.Cost("jacobi", jacobi, moved, above), backends.Cost("lapack", lapack, moved))

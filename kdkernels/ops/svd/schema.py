@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.ops.svd import gradient
+from kdkernels.ops.svd import gradient, native
 
 
 @torch.library.custom_op("kdkernels::svd", mutates_args=())
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(N, rows, cols) -> U (N, rows, k), S (N, k), Vh (N, k, cols)."""
-    from kdkernels.ops.svd import native
-
     U, S, Vh = native.svd(matrix, vectors=True)
     assert U is not None and Vh is not None
     return U, S, Vh
@@ -32,8 +30,6 @@ def _(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op("kdkernels::svdvals", mutates_args=())
 def svdvals(matrix: Tensor) -> Tensor:
     """(N, rows, cols) -> S (N, k). Has no gradient: where one is needed, `svd` gives S."""
-    from kdkernels.ops.svd import native
-
     return native.svd(matrix, vectors=False)[1]
 
 
