@@ -13,6 +13,7 @@ from kdkernels.ops.hankel.native import LARGEST
 from kdkernels.ops.hankel.realization import OVERSAMPLE, BlockHankel, check_sequence, era, hankel_svd, is_small
 from kdkernels.ops.hankel.systems import Operand, Systems, check
 from kdkernels.ops.hankel.truncation import balanced_truncation, check_order
+from kdkernels.ops.svd.api import jacobi_flops
 
 
 def _explain_systems(op: str, backend: str, horizon: int | None = None, **system: Any) -> Explanation:
@@ -37,12 +38,12 @@ def _explain(op: str, systems: Systems, horizon: int | None, backend: str) -> Ex
         generator = real * 6 * n * n * (min(m, n) + min(p, n))  # of both factors
         if horizon is not None:  # doubling: a QR of 2n columns for each binary digit
             generator = real * (2 * 8 * n**3 * doublings + 2 * n * n * (m + p))
-        # T and W, their products with the system, and eigenvectors of what is left (Golub and Van Loan, 7.5)
-        more = real * (4 * n**3 + 2 * n * n * (m + p) + 2 * n**3 + 25 * n**3) if truncates else 0
+        product = 2 * n**3  # M
+        if truncates:  # T and W, their products with the system, eigenvectors of what is left (Golub and Van Loan, 7.5)
+            product += 4 * n**3 + 2 * n * n * (m + p) + 2 * n**3 + 25 * n**3
         flops["generator"] += generator
-        # M, its QR, six sweeps, which rotate the vectors along
-        flops["jacobi"] += generator + more + real * (2 * n**3 + n**3 + 6 * 6 * (1 + truncates) * n**3)
-        flops["lapack"] += generator + more + real * (2 * n**3 + (3 + 19 * truncates) * n**3)
+        flops["jacobi"] += generator + real * (product + jacobi_flops(n, n, truncates))
+        flops["lapack"] += generator + real * (product + (3 + 19 * truncates) * n**3)
         flops["trace"] += real * 2 * n * n * (m + p + 3)
         moved += N * member.B.element_size() * n * (2 + m + p)
         largest = max(largest, n)

@@ -83,6 +83,14 @@ def _prepare(op: str, matrix: Tensor, backend: str) -> backends.Implementation:
     return backends.choose(op, backend, matrix.device.type, (matrix.dtype,))
 
 
+def jacobi_flops(rows: int, cols: int, vectors: bool) -> int:
+    """Of one real matrix: QR, and about four sweeps.
+
+    In a sweep all pairs of columns meet in an inner product and a rotation, which turns vectors along.
+    """
+    return 2 * rows * cols**2 + 4 * (3 + 2 * vectors) * cols**3
+
+
 def _explain(op: str, matrix: Tensor, backend: str) -> backends.Explanation:
     chosen = _prepare(op, matrix, backend)
     rows, cols = max(matrix.shape[-2:]), min(matrix.shape[-2:])
@@ -90,8 +98,7 @@ def _explain(op: str, matrix: Tensor, backend: str) -> backends.Explanation:
     vectors = op == "svd"
     real = 4 if matrix.is_complex() else 1
     moved = N * size * (rows * cols + cols + vectors * (rows + cols) * cols)
-    # QR and about six sweeps of 12 multiply-adds an element and pair (6 more with vectors); Golub and Van Loan, 8.6
-    jacobi = real * N * (2 * rows * cols**2 + 6 * (1 + vectors) * 6 * cols**3 // 2)
+    jacobi = real * N * jacobi_flops(rows, cols, vectors)
     lapack = real * N * ((4 * rows * cols**2 + 22 * cols**3) if vectors else (2 * rows * cols**2 + 2 * cols**3))
     most = native.CROSSOVER[matrix.dtype]
     above = f"it serves up to {most} columns" if cols > most else None
