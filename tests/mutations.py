@@ -93,6 +93,7 @@ NATIVE_KERNELS = [
     Mutation("sort", SPECTRUM, "const Mask<T> wrong = a < b;", "const Mask<T> wrong = a > b;"),
     Mutation("reorder", SPECTRUM, "lane(diagonal[order[j][l]], part, l);", "lane(diagonal[j], part, l);"),
     Mutation("complete_right", SPECTRUM, "if (values[j][l] == 0) complete(j, l);", "if (values[j][l] < 0) complete(j, l);"),
+    Mutation("restore", SPECTRUM, "lane(x[places[i][l]], part, l)", "lane(x[i], part, l)"),
     Mutation("decompose_group", SVD, "svd.values[k] * inverse_scale;", "svd.values[k];"),
     Mutation("inner_products", HANKEL, "const N y = held(Y[c * n + i]);", "const N y = held(Y[i]);"),
     Mutation("project", HANKEL, "const N v = V[j * stride + k] * scale[j];", "const N v = V[j * stride + k];"),

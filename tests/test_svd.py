@@ -101,6 +101,7 @@ def test_hard_neighbours_do_not_change_a_matrix(n, dtype, vectors):
     hard[4] = make_matrices(1, n, n, kind="low rank", dtype=dtype)[0]
     hard[5] = torch.eye(n, dtype=dtype)
     hard[6] = 0
+    hard[7] = make_matrices(1, n, n, kind="ascending", dtype=dtype)[0]
     together = kd.svd(hard, backend="native") if vectors else (kd.svdvals(hard, backend="native"),)
     for k in range(len(hard)):
         alone = kd.svd(hard[k], backend="native") if vectors else (kd.svdvals(hard[k], backend="native"),)
@@ -117,6 +118,25 @@ def test_values_alone_are_those_that_come_with_vectors(dtype):
         found = kd.svdvals(matrix, backend="native")
         seen = exact > 1e3 * torch.finfo(dtype).tiny
         assert ((found / exact - 1).abs()[seen] < 60 * torch.finfo(dtype).eps).all()
+
+
+@native_only
+@pytest.mark.parametrize(("rows", "cols"), ((16, 16), (20, 7), (7, 20), (33, 33)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
+def test_every_value_is_right_whatever_the_order_of_columns(rows, cols, dtype):
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    draw = torch.Generator().manual_seed(0)
+    scale = torch.stack([10.0 ** -(8 * torch.randperm(min(rows, cols), generator=draw).double()) for _ in range(20)])
+    scale = scale ** (1 / min(rows, cols))
+    matrix = make_matrices(20, rows, cols, dtype=wide) * (scale[:, None, :] if rows >= cols else scale[:, :, None])
+    matrix = matrix.to(dtype)
+    exact = torch.linalg.svdvals(matrix.to(wide))
+    U, S, Vh = kd.svd(matrix, backend="native")
+    for found in (S, kd.svdvals(matrix, backend="native")):
+        assert ((found - exact).abs() < 1e-4 * exact).all()
+    error, size = ((U * S.unsqueeze(-2)) @ Vh - matrix).abs(), matrix.abs()
+    small = -2 if rows >= cols else -1
+    assert (error.amax(small) < 1e-5 * size.amax(small)).all()  # of each column, or row, by itself
 
 
 @native_only

@@ -14,7 +14,7 @@ struct Decomposition {
   int64_t rows, cols, stride_M, padded, stride_X;
   N *M, *X, *diagonal;
   V *tau, *values;
-  Mask<T>* order;
+  Mask<T>*order, *places;
   Column<T>* columns;
 
   static int64_t padded_rows(int64_t cols) { return round_up(cols, Jacobi<N>::kUnroll); }
@@ -30,7 +30,37 @@ struct Decomposition {
     tau = room.template take<V>(cols);
     values = room.template take<V>(cols);
     order = room.template take<Mask<T>>(cols);
+    places = room.template take<Mask<T>>(cols);
     columns = room.template take<Column<T>>(cols);
+  }
+
+  // In lanes where columns ascend by far, M's columns in descending order: without it QR would bury the small ones
+  // under the rounding of the large ones. Returns whether there are such lanes; places[j] is where column j came from.
+  bool arrange() {
+    Mask<T> ascending{};
+    V least = largest_of(M, rows);
+    for (int64_t j = 0; j < cols; ++j) {
+      values[j] = largest_of(M + j * stride_M, rows);
+      ascending |= values[j] > kLevel * least;
+      least = values[j] < least ? values[j] : least;
+    }
+    if (!any(ascending)) return false;
+    for (int64_t j = 0; j < cols; ++j) values[j] = ascending ? values[j] : V{};
+    sort();
+    for (int64_t j = 0; j < cols; ++j) places[j] = order[j];
+    reorder(M, rows, stride_M);
+    return true;
+  }
+
+  // Rows of V back in the places of M's columns.
+  void restore() {
+    for (int64_t j = 0; j < cols; ++j) {
+      N* x = X + j * stride_X;
+      for (int64_t i = 0; i < cols; ++i) diagonal[i] = x[i];
+      for (int64_t i = 0; i < cols; ++i)
+        for (int part = 0; part < N::parts; ++part)
+          for (int l = 0; l < kLanes<T>; ++l) lane(x[places[i][l]], part, l) = lane(diagonal[i], part, l);
+    }
   }
 
   // M is destroyed. Fills `values`, unsorted; with vectors X's columns hold V and, from row `padded` on, J.
@@ -93,6 +123,8 @@ struct Decomposition {
   }
 
  private:
+  static constexpr T kLevel = 16;  // columns that ascend by less are left as they are
+
   void complete(int64_t j, int l) {
     N* x = X + j * stride_X;
     int64_t nearest = 0;

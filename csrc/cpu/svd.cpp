@@ -30,6 +30,7 @@ void decompose_group(const Svd& call, int64_t index, const Schedule& schedule, V
   read_columns(Group<T>(call.matrices, index), rows, cols, svd.M, rows);
   const Mask<T> bad = not_finite(svd.M, rows * cols);
   const V inverse_scale = 1 / normalise(svd.M, rows * cols, bad);
+  const bool arranged = svd.arrange();
   svd.decompose(schedule, with_vectors);
   if (with_vectors) {
     svd.complete_right();
@@ -42,6 +43,7 @@ void decompose_group(const Svd& call, int64_t index, const Schedule& schedule, V
   if (!with_vectors) return;
   svd.reorder(room.left, rows, rows);
   svd.reorder(svd.X, cols, svd.stride_X);
+  if (arranged) svd.restore();
   write_columns(Group<T>(call.left, index), rows, cols, room.left, rows, bad);
   write_columns(Group<T>(call.right, index), cols, cols, svd.X, svd.stride_X, bad);
 }

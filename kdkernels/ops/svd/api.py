@@ -26,8 +26,8 @@ def svd(matrix: Tensor, *, backend: str = "auto") -> SVD:
     """The reduced singular value decomposition A = U diag(S) Vᴴ of a batch of small matrices.
 
     On the CPU by one-sided Jacobi (Demmel and Veselić 1992; Drmač and Veselić 2008) with the batch across SIMD lanes,
-    which also gets the small singular values of a matrix right whose columns descend by many orders of magnitude; above
-    72 (complex128) to 120 columns (float32) by `torch.linalg`, in parallel over the batch.
+    which also gets the small singular values right of a matrix whose columns (of a wide one: rows) differ by many
+    orders of magnitude; above 72 (complex128) to 120 columns (float32) by `torch.linalg`, in parallel over the batch.
 
     Args:
         matrix: (..., rows, cols), real or complex, float32 or float64.

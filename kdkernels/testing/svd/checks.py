@@ -19,6 +19,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "tall": {"rows": 21, "cols": 6},
     "wide": {"rows": 5, "cols": 12},
     "graded": {"kind": "graded", "rows": 16, "cols": 16},
+    "ascending": {"kind": "ascending", "rows": 16, "cols": 16},
     "repeated": {"kind": "repeated"},
     "nearly orthogonal": {"kind": "nearly orthogonal", "rows": 8, "cols": 8},
     "low rank": {"kind": "low rank", "rows": 12, "cols": 9},

@@ -19,9 +19,10 @@ def make_matrices(
     device: str = "cpu",
     seed: int = 0,
 ) -> Tensor:
-    """(N, rows, cols). `graded` columns span 30 decades, `repeated` values are 2 and 1, `low rank` is a third.
+    """(N, rows, cols). `graded` columns fall by 30 decades and `ascending` ones grow by 8.
 
-    `nearly orthogonal` columns, each half as long as the one before, take one sweep, which leaves a little to correct.
+    `repeated` values are 2 and 1, `low rank` is a third. `nearly orthogonal` columns, each half as long as the one
+    before, take one sweep, which leaves a little to correct.
     """
     draw = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
@@ -32,6 +33,8 @@ def make_matrices(
     x, k = normal(N, rows, cols), min(rows, cols)
     if kind == "graded":
         x = x * torch.logspace(0, -30, cols, dtype=torch.float64)
+    elif kind == "ascending":
+        x = x * torch.logspace(-8, 0, cols, dtype=torch.float64)
     elif kind == "repeated" and k:
         U, _, Vh = torch.linalg.svd(x, full_matrices=False)
         values = 2.0 - (torch.arange(k) >= k // 2).to(torch.float64)
