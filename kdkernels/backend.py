@@ -11,6 +11,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from kdkernels import _native
 
@@ -130,6 +131,14 @@ def choose(op: str, requested: str, device: str, dtypes: Iterable[torch.dtype]) 
         if row.objection(device, dtypes) is None:
             return row
     raise ValueError(f"no backend serves {op} for {', '.join(map(str, dtypes))} on {device}")
+
+
+def refuse_tangents(op: str, tensors: Iterable[torch.Tensor], remedy: str = "; use backend='reference'") -> None:
+    """Raise RuntimeError where forward-mode derivatives would be lost without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"{op} has no forward-mode derivative{' on this backend' if remedy else ''}{remedy}")
 
 
 def watched(tensors: Iterable[torch.Tensor]) -> bool:

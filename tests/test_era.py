@@ -164,6 +164,24 @@ def test_single_precision_data_come_back(dtype):
     assert relative_error(again, markov) < 1e-6
 
 
+@pytest.mark.parametrize("T", (15, 801))
+@pytest.mark.parametrize("scale", (1e-300, 1.0, 1e155, 1e300))
+def test_data_of_any_size(scale, T):
+    poles = torch.tensor([0.9, 0.5, -0.3], dtype=torch.float64)
+    markov = markov_of(poles, torch.ones(3, 1, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64), T)
+    found = torch.linalg.eigvals(kd.era(scale * markov, 3).A).real.sort(descending=True)[0]
+    torch.testing.assert_close(found, poles, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("function", (lambda h: kd.hankel_svd(h, 2), lambda h: kd.era(h, 2)))
+@pytest.mark.parametrize("T", (15, 801))
+def test_a_default_device_elsewhere_does_not_matter(function, T):
+    markov = noise(T, 1, 1)
+    expected = function(markov)
+    with torch.device("meta"):
+        assert all(map(torch.equal, function(markov), expected))
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
 def test_empty_batches(dtype):
     U, S, Vh = kd.hankel_svd(torch.ones(0, 5, 2, 1, dtype=dtype), 2)

@@ -5,6 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import kdkernels as kd
 from kdkernels.backend import TABLE
@@ -77,6 +78,29 @@ def test_numbers_of_any_kind_are_tolerances(number):
 def test_ranks_where_traces_overflow():
     Lambda, B, C = (x.to(torch.complex64) for x in SYSTEM)
     assert kd.gramian_factors(Lambda, 1e30 * B, C).ranks(0.5)[0].tolist() == [16] * 3
+
+
+def test_ranks_of_what_is_not_finite():
+    Lambda, B, C = (x.clone() for x in SYSTEM)
+    B[1, 2, 0] = torch.nan
+    assert kd.gramian_factors(Lambda, B, C).ranks(1.0)[0].tolist() == [0, 16, 0]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("op", (kd.hankel_singular_values, kd.gramian_factors))
+def test_forward_derivatives_are_refused_rather_than_lost(op):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(SYSTEM.B, SYSTEM.B.clone())
+        with pytest.raises(RuntimeError, match=f"{op.__name__} has no forward-mode derivative on this backend"):
+            op(SYSTEM.Lambda, dual, SYSTEM.C)
+        sigma = kd.hankel_singular_values(SYSTEM.Lambda, dual, SYSTEM.C, backend="reference")
+        torch.testing.assert_close(forward_ad.unpack_dual(sigma).tangent, forward_ad.unpack_dual(sigma).primal)
+
+
+@pytest.mark.parametrize("op", (kd.hankel_svd, kd.era))
+def test_realizations_have_no_forward_derivative(op):
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{op.__name__} has no forward-mode derivative$"):
+        op(forward_ad.make_dual(torch.ones(5, 1, 1), torch.ones(5, 1, 1)), 1)
 
 
 def test_padding_moves_no_system_across_the_end_of_native():

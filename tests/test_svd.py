@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import kdkernels as kd
 from kdkernels.ops.svd import gradient, lapack, native, schema
@@ -291,6 +292,18 @@ def test_torch_func_takes_the_reference():
     U, _, Vh = torch.linalg.svd(matrix)
     torch.testing.assert_close(grad, U @ Vh)
     torch.testing.assert_close(torch.func.vmap(kd.svdvals)(matrix), kd.svdvals(matrix))
+
+
+@native_only
+@pytest.mark.parametrize("op", (kd.svd, kd.svdvals))
+def test_forward_derivatives_are_refused_rather_than_lost(op):
+    matrix, tangent = make_matrices(2, 4, 3, dtype=torch.float64), make_matrices(2, 4, 3, dtype=torch.float64, seed=1)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(matrix, tangent)
+        with pytest.raises(RuntimeError, match=f"{op.__name__} has no forward-mode derivative on this backend"):
+            op(dual)
+        S = kd.svdvals(dual, backend="reference")
+        assert forward_ad.unpack_dual(S).tangent.abs().sum() > 0
 
 
 # ---- shapes, strides, errors

@@ -25,7 +25,7 @@ class GramianFactors(NamedTuple):
         """How many columns leave at most `tolerance` of each trace: two of (...), int64.
 
         The residuals are sums of pivots, all at least 0, so the ranks are certified, not estimated. They are n where
-        the trace itself leaves the dtype's range.
+        the trace itself leaves the dtype's range, and of a system that is not finite.
 
         Raises:
             TypeError, ValueError: tolerance is no number of at least 0.
@@ -33,7 +33,7 @@ class GramianFactors(NamedTuple):
         check_number("tolerance", tolerance)
         residuals = (self.controllability_residual, self.observability_residual)
         left = (r[..., :-1] > float(tolerance) * r[..., :1] for r in residuals)
-        beyond = (r[..., :1].isinf() for r in residuals)
+        beyond = (~r[..., :1].isfinite() for r in residuals)
         return tuple((x | y).sum(-1) for x, y in zip(left, beyond, strict=True))  # type: ignore[return-value]
 
 
@@ -111,6 +111,8 @@ def hankel_singular_values(
     functions, such as Σσ; a σ of 0 contributes nothing. Native is differentiable once, the reference any way (once,
     with a horizon).
 
+    The squares of B and C must stay in float64's range for gradients, and on the reference for values too.
+
     Raises:
         TypeError: an argument is no tensor of these dtypes; in a list the message says which.
         ValueError: shapes, devices or options do not fit, or some |λ| ≥ 1 without a horizon. (On CUDA and in compiled
@@ -183,7 +185,10 @@ def _residual(x: Tensor, n: int) -> Tensor:
 
 def choose(op: str, backend: str, systems: Systems) -> backends.Implementation:
     """The implementation that serves all the systems."""
-    return backends.choose(op, backend, *kinds(systems))
+    chosen = backends.choose(op, backend, *kinds(systems))
+    if chosen.backend != "reference":
+        backends.refuse_tangents(op, (x for member in systems.members for x in (member.Lambda, member.B, member.C)))
+    return chosen
 
 
 def kinds(systems: Systems) -> tuple[str, set[torch.dtype]]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backend import REAL_OR_COMPLEX
+from kdkernels.backend import REAL_OR_COMPLEX, refuse_tangents
 from kdkernels.contract import Contract, check_count, show
 from kdkernels.ops.hankel.kernel import wide
 from kdkernels.ops.hankel.once import never, once
@@ -47,15 +47,18 @@ class BlockHankel:
 
     def dense(self) -> Tensor:
         """H itself."""
-        place = torch.arange(self.L)[:, None] + torch.arange(self.K)
-        blocks = self.markov[:, place.to(self.markov.device)]  # (N, L, K, p, m)
+        device = self.markov.device
+        place = torch.arange(self.L, device=device)[:, None] + torch.arange(self.K, device=device)
+        blocks = self.markov[:, place]  # (N, L, K, p, m)
         return blocks.permute(0, 1, 3, 2, 4).reshape(self.shape)
 
     def norm(self) -> Tensor:
         """‖H‖, the root of the sum of its squares: (N,)."""
         k = torch.arange(1, self.T + 1, device=self.markov.device)
         times = torch.minimum(k, self.T + 1 - k).clamp(max=min(self.L, self.K))  # that h_k stands in H
-        return (self.markov.abs().square().sum((-2, -1)) * times).sum(-1).sqrt()
+        size = self.markov.abs().flatten(1).amax(-1)
+        shares = self.markov.abs() / torch.where(size > 0, size, 1)[:, None, None, None]  # their squares are in range
+        return size * (shares.square().sum((-2, -1)) * times).sum(-1).sqrt()
 
     def times(self, x: Tensor) -> Tensor:
         """H x: (N, mK, q) -> (N, pL, q)."""
@@ -130,6 +133,7 @@ def era(markov: Tensor, rank: int) -> Realization:
 
     From noiseless data of a system of order `rank` it is that system, up to a change of basis; of data with noise the
     leading singular values of the block-Hankel matrix are kept. It is balanced: both finite Gramians are diag(S).
+    States that stand for noise alone may make it unstable.
 
     Args:
         markov: (..., T, p, m), real or complex, float32 or float64: h_1 first, T at least 3.
@@ -165,6 +169,7 @@ def check_sequence(op: str, markov: Tensor, rank: int) -> tuple[int, ...]:
     """The leading dimensions of a checked call of `op`."""
     sizes = CONTRACT.bind({"markov": markov})
     check_count("rank", rank)
+    refuse_tangents(op, (markov,), remedy="")
     T, p, m = sizes["T"], sizes["p"], sizes["m"]
     if T < 1 or p < 1 or m < 1:
         raise ValueError(f"markov has shape {show(tuple(markov.shape))}, but must have a T, p and m of at least 1")
@@ -202,8 +207,8 @@ def _iterate(H: BlockHankel, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Subspace iteration until the wanted values stand still."""
     N, _, cols = H.shape
     draw = torch.Generator().manual_seed(SEED)
-    start = torch.randn(1, cols, rank + OVERSAMPLE, dtype=torch.float64, generator=draw).to(H.markov.device)
-    Q = torch.linalg.qr(H.times(start.to(H.markov.dtype).expand(N, -1, -1)))[0]
+    start = torch.randn(1, cols, rank + OVERSAMPLE, dtype=torch.float64, generator=draw, device="cpu")
+    Q = torch.linalg.qr(H.times(start.to(H.markov).expand(N, -1, -1)))[0]
     before = None
     for _ in range(ITERATIONS):
         V, R = torch.linalg.qr(H.adjoint_times(Q))  # Qᴴ H = Rᴴ Vᴴ

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from kdkernels import backend as backends
 from kdkernels.contract import Contract, check_tensor, show
@@ -134,8 +133,8 @@ def _prepare(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequ
                 raise TypeError(f"{prefix}{name} has dtype {value.dtype}, but must have the input's, {input.dtype}")
     tensors = [input, *(x for layer in layers for x in layer[:4] if x is not None)]
     chosen = backends.choose(OP, backend, input.device.type, {x.dtype for x in tensors})
-    if chosen.backend != "reference" and not torch.compiler.is_compiling():
-        _refuse_tangents(tensors)
+    if chosen.backend != "reference":
+        backends.refuse_tangents(OP, tensors)
     leading = input.shape[:-1]
     return _Call(input.reshape(prod(leading), input.shape[-1]), layers, leading, chosen)
 
@@ -171,12 +170,6 @@ def _autocast(input: Tensor, layers: Sequence[LoRA]) -> tuple[Tensor, Sequence[L
         for layer in layers
     ]
     return input.to(dtype), cast
-
-
-def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
-    """Forward-mode derivatives would be lost without a word."""
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError("lora_linear has no forward-mode derivative on this backend; use backend='reference'")
 
 
 def _run(call: _Call) -> tuple[Tensor, ...]:

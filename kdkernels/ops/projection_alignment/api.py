@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from kdkernels import backend as backends
 from kdkernels.contract import Contract, check_choice
@@ -136,8 +135,8 @@ def _prepare(
     operands = _autocast(operands)
     present = [x for x in operands if x is not None]
     chosen = backends.choose(OP, backend, student.device.type, {x.dtype for x in present})
-    if chosen.backend != "reference" and not torch.compiler.is_compiling():
-        _refuse_tangents(present)
+    if chosen.backend != "reference":
+        backends.refuse_tangents(OP, present)
 
     s, t, W_s, W_t, b_s, b_t = operands
     N = prod(sizes["..."])
@@ -179,14 +178,6 @@ def _as_weights(weights: Tensor | None) -> Tensor | None:
     if weights.is_complex():
         raise TypeError(f"weights has dtype {weights.dtype}, but must be real")
     return weights if weights.is_floating_point() else weights.to(torch.float32)
-
-
-def _refuse_tangents(tensors: list[Tensor]) -> None:
-    """Forward-mode derivatives would be lost without a word."""
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError(
-            "projection_alignment_loss has no forward-mode derivative on this backend; use backend='reference'"
-        )
 
 
 def _nonzero(total: Tensor) -> Tensor:

@@ -80,7 +80,10 @@ def _seen(matrix: Tensor) -> bool:
 
 def _prepare(op: str, matrix: Tensor, backend: str) -> backends.Implementation:
     CONTRACT.bind({"matrix": matrix})
-    return backends.choose(op, backend, matrix.device.type, (matrix.dtype,))
+    chosen = backends.choose(op, backend, matrix.device.type, (matrix.dtype,))
+    if chosen.backend != "reference":
+        backends.refuse_tangents(op, (matrix,))
+    return chosen
 
 
 def jacobi_flops(rows: int, cols: int, vectors: bool) -> int:
