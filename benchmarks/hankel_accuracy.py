@@ -20,6 +20,7 @@ from kdkernels.testing.hankel.routes import by_cholesky, by_eigh, eig
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 Route = Callable[[Tensor, Tensor, Tensor], Tensor]
 ROUTES: dict[str, Route] = {
@@ -28,6 +29,7 @@ ROUTES: dict[str, Route] = {
     "Cholesky of P and Q": by_cholesky,
     "eig(PQ)": lambda *system: eig(*system).sort(-1, descending=True)[0],
 }
+STYLES = (("C0", "-"), ("C1", "-"), ("C2", (0, (5, 3))), ("C3", (0, (2, 4))))  # dashes: lines that coincide are seen
 FLOOR = 1e-8  # below float32's resolution
 SMALLEST = 1e-37  # of float32's range, nearly
 
@@ -45,11 +47,11 @@ def draw(out: Path, n: int) -> None:
         system = make_systems(family, 1, n, 1, dtype=torch.complex64)
         target = reference_values(*(x[0] for x in system))
         count = int((target > SMALLEST).sum())
-        for (name, route), color in zip(ROUTES.items(), ("C0", "C1", "C2", "C3"), strict=True):
+        for (name, route), (color, dashes) in zip(ROUTES.items(), STYLES, strict=True):
             error = errors(route, system, target)[:count]
             wrong = error == 1
             place = torch.arange(1, count + 1)
-            panel.semilogy(place, error, color=color, linewidth=1, label=name)
+            panel.semilogy(place, error, color=color, linestyle=dashes, linewidth=1.2, label=name)
             panel.scatter(place[~wrong], error[~wrong], s=14, color=color)
             panel.scatter(place[wrong], error[wrong], s=22, facecolors="none", edgecolors=color)
             right = int((error < 0.1).sum())
@@ -58,6 +60,7 @@ def draw(out: Path, n: int) -> None:
         panel.grid(alpha=0.3)
     for panel in panels[-1]:
         panel.set_xlabel("Hankel singular value, largest first")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels[:, 0]:
         panel.set_ylabel("relative error")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROUTES))
@@ -68,8 +71,11 @@ def draw(out: Path, n: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/hankel_accuracy.png"))
+    parser.add_argument("--out", type=Path, default=Path("out/hankel_accuracy.png"), help="a picture, or a folder")
     parser.add_argument("--order", type=int, default=16, help="states of each system (default 16)")
     arguments = parser.parse_args()
+    if arguments.order < 1:
+        parser.error("--order must be at least 1")
     torch.manual_seed(0)
-    draw(arguments.out, arguments.order)
+    out: Path = arguments.out
+    draw(out if out.suffix else out / "hankel_accuracy.png", arguments.order)
