@@ -141,19 +141,6 @@ def refuse_tangents(op: str, tensors: Iterable[torch.Tensor], remedy: str = "; u
         raise RuntimeError(f"{op} has no forward-mode derivative{' on this backend' if remedy else ''}{remedy}")
 
 
-def watched(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether a compiler, a transform, a mode or a tensor subclass must see operators.
-
-    Where none does, kernels are called without torch.library, and results may be looked at.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
-    )
-
-
 # FLOPs that cost as much as moving one byte: a ratio of rates, the only machine constant in the choice.
 # CPUs here run 140 GFLOP/s against 10-25 GB/s; an H100 has a similar ratio for tf32 and bf16.
 FLOPS_PER_BYTE = 10

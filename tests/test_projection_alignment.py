@@ -206,13 +206,13 @@ def test_opcheck(sides, weights):
     inputs = make_inputs(5, 4, 3, 12, sides=sides, weights=weights)
     operands = [None if x is None else x.requires_grad_() for x in inputs.operands]
     points = (*operands, inputs.weights, "cosine", "auto", "native")
-    torch.library.opcheck(schema.projection_alignment_points, points)
+    torch.library.opcheck(schema.projection_alignment_points.seen, points)
     reduced = (*operands, inputs.weights, "cosine", "auto", list(inputs.needs), "native", 2)
     # the second and later outputs are gradients, which have none: see test_a_second_derivative_of_native_...
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(schema.projection_alignment, reduced, test_utils=tests)
+    torch.library.opcheck(schema.projection_alignment.seen, reduced, test_utils=tests)
     frozen = [None if x is None else x.detach() for x in operands]
-    torch.library.opcheck(schema.projection_alignment, (*frozen, *reduced[6:]))
+    torch.library.opcheck(schema.projection_alignment.seen, (*frozen, *reduced[6:]))
 
 
 @everywhere

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kdkernels import backend as backends
 from kdkernels.contract import check_count, check_number
-from kdkernels.ops.hankel import native, reference, schema
+from kdkernels.library import watched
+from kdkernels.ops.hankel import reference, schema
 from kdkernels.ops.hankel.systems import Operand, Systems, check
 
 MOST_STEPS = 2**63 - 1  # what an operator's int holds
@@ -125,8 +126,6 @@ def hankel_singular_values(
         if chosen.backend == "reference":
             return reference.hankel_singular_values(Lambda, B, C, horizon)
         vectors = torch.is_grad_enabled() and any(x.requires_grad for x in (Lambda, B, C))
-        if not vectors and not backends.watched((Lambda, B, C)):
-            return native.values(Lambda, B, C, horizon)
         return schema.hankel_singular_values(Lambda, B, C, horizon or 0, vectors)[0]
 
     sigma = systems.each(compute, (lambda x, n: x[..., :n],))
@@ -199,7 +198,7 @@ def kinds(systems: Systems) -> tuple[str, set[torch.dtype]]:
 
 def _refuse_unstable(systems: Systems, results: list[Tensor]) -> None:
     """Unstable systems give NaN: only then are they looked for, and only where that makes nobody wait."""
-    if backends.watched(results):
+    if watched(results):
         return
     if any(x.device.type == "cpu" and bool(x.detach().sum().isnan()) for x in results):
         systems.refuse_unstable()

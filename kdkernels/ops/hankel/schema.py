@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.library import operator
 from kdkernels.ops.hankel import gradient, native
 
 TWICE = "hankel_singular_values' accelerated backward cannot be differentiated again; use backend='reference' for that"
 NO_GRADIENT = "gramian_factors has no accelerated backward; use backend='reference' for that"
 
 
-@torch.library.custom_op("kdkernels::hankel_singular_values", mutates_args=())
+@operator("kdkernels::hankel_singular_values")
 def hankel_singular_values(
     Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +38,7 @@ def _(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool) -> tupl
     return sigma, B.new_empty(N, n, n, dtype=dtype), B.new_empty(N, n, n, dtype=dtype)
 
 
-@torch.library.custom_op("kdkernels::hankel_singular_values_backward", mutates_args=())
+@operator("kdkernels::hankel_singular_values_backward")
 def hankel_singular_values_backward(
     grad: Tensor, Lambda: Tensor, B: Tensor, C: Tensor, T: Tensor, W: Tensor, horizon: int, needs: Sequence[bool]
 ) -> list[Tensor]:
@@ -56,9 +57,12 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     Lambda, B, C, ctx.horizon, ctx.vectors = inputs
     ctx.save_for_backward(Lambda, B, C, *output[1:])
+    ctx.set_materialize_grads(False)  # those of T and W would be n × n zeros
 
 
-def _differentiate(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 5
     if not ctx.vectors:
         raise RuntimeError("kdkernels::hankel_singular_values has a gradient only with vectors=True")
     needs = list(ctx.needs_input_grad[:3])
@@ -69,7 +73,7 @@ def _differentiate(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
 hankel_singular_values.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("kdkernels::gramian_factors", mutates_args=())
+@operator("kdkernels::gramian_factors")
 def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L_c and L_o (N, n, n), and the residuals of their traces (N, n + 1)."""
     return native.gramian_factors(Lambda, B, C)

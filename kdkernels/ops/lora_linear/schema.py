@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backend import watched
+from kdkernels.library import watched
 from kdkernels.ops.lora_linear.reference import accumulation_dtype
 
 BATCHED = "lora_linear's accelerated backward takes no batches of gradients; use backend='reference' for that"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.library import operator
 from kdkernels.ops.projection_alignment.reference import accumulation_dtype
 
 NAMES = ("student", "teacher", "student_proj", "teacher_proj", "student_bias", "teacher_bias")
@@ -23,7 +24,7 @@ TWICE = (
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("kdkernels::projection_alignment", mutates_args=())
+@operator("kdkernels::projection_alignment")
 def projection_alignment(
     student: Tensor,
     teacher: Tensor,
@@ -53,7 +54,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return total, *(_grad_like(x, need) for x, need in zip(operands, needs, strict=True))
 
 
-@torch.library.custom_op("kdkernels::projection_alignment_points", mutates_args=())
+@operator("kdkernels::projection_alignment_points")
 def projection_alignment_points(
     student: Tensor,
     teacher: Tensor,

@@ -50,9 +50,8 @@ def svd(matrix: Tensor, *, backend: str = "auto") -> SVD:
     if chosen.backend == "reference":
         return SVD(*reference.svd(matrix))
     leading, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
-    batch = matrix.reshape(prod(leading), rows, cols)
-    found = schema.svd(batch) if _seen(batch) else native.svd(batch, vectors=True)
-    return SVD(*(x.reshape(*leading, *x.shape[1:]) for x in found if x is not None))
+    found = schema.svd(matrix.reshape(prod(leading), rows, cols))
+    return SVD(*(x.reshape(*leading, *x.shape[1:]) for x in found))
 
 
 def svdvals(matrix: Tensor, *, backend: str = "auto") -> Tensor:
@@ -66,16 +65,9 @@ def svdvals(matrix: Tensor, *, backend: str = "auto") -> Tensor:
         return reference.svdvals(matrix)
     leading, (rows, cols) = matrix.shape[:-2], matrix.shape[-2:]
     batch = matrix.reshape(prod(leading), rows, cols)
-    if torch.is_grad_enabled() and matrix.requires_grad:
-        S = schema.svd(batch)[1]
-    else:
-        S = schema.svdvals(batch) if _seen(batch) else native.svd(batch, vectors=False)[1]
+    differentiable = torch.is_grad_enabled() and matrix.requires_grad
+    S = schema.svd(batch)[1] if differentiable else schema.svdvals(batch)
     return S.reshape(*leading, S.shape[-1])
-
-
-def _seen(matrix: Tensor) -> bool:
-    """Whether torch must see the operator: autograd, or what else watches."""
-    return (torch.is_grad_enabled() and matrix.requires_grad) or backends.watched((matrix,))
 
 
 def _prepare(op: str, matrix: Tensor, backend: str) -> backends.Implementation:

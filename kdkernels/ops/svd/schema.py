@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.library import operator
 from kdkernels.ops.svd import gradient, native
 
 
-@torch.library.custom_op("kdkernels::svd", mutates_args=())
+@operator("kdkernels::svd")
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(N, rows, cols) -> U (N, rows, k), S (N, k), Vh (N, k, cols)."""
     U, S, Vh = native.svd(matrix, vectors=True)
@@ -27,7 +28,7 @@ def _(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return matrix.new_empty(N, rows, k), matrix.new_empty(N, k, dtype=real), matrix.new_empty(N, k, cols)
 
 
-@torch.library.custom_op("kdkernels::svdvals", mutates_args=())
+@operator("kdkernels::svdvals")
 def svdvals(matrix: Tensor) -> Tensor:
     """(N, rows, cols) -> S (N, k). Has no gradient: where one is needed, `svd` gives S."""
     return native.svd(matrix, vectors=False)[1]
