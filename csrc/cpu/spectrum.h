@@ -38,7 +38,7 @@ struct Decomposition {
   // under the rounding of the large ones. Returns whether there are such lanes; places[j] is where column j came from.
   bool arrange() {
     Mask<T> ascending{};
-    V least = largest_of(M, rows);
+    V least = broadcast<T>(Format<T>::largest);
     for (int64_t j = 0; j < cols; ++j) {
       values[j] = largest_of(M + j * stride_M, rows);
       ascending |= values[j] > kLevel * least;

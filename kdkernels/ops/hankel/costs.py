@@ -1,9 +1,7 @@
 """What the operators of this room cost, for `kd.explain`."""
 
-from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +14,10 @@ from kdkernels.ops.hankel.truncation import balanced_truncation, check_order
 from kdkernels.ops.svd.api import jacobi_flops
 
 
-def _explain_systems(op: str, backend: str, horizon: int | None = None, **system: Any) -> Explanation:
-    return _explain(op, *api.arguments(horizon=horizon, **{"real_output": False} | system), backend)
+def _explain_systems(
+    op: str, backend: str, horizon: int | None = None, real_output: bool = False, **system: Operand
+) -> Explanation:
+    return _explain(op, *api.arguments(**system, horizon=horizon, real_output=real_output), backend)
 
 
 def _explain_truncation(rank: int | None, tolerance: float | None, backend: str, **system: Operand) -> Explanation:
@@ -57,7 +57,7 @@ def _explain(op: str, systems: Systems, horizon: int | None, backend: str) -> Ex
 
 def _explain_realization(op: str, markov: Tensor, rank: int) -> Explanation:
     check_sequence(op, markov, rank)
-    H = BlockHankel(markov.detach().reshape(-1, *markov.shape[-3:]))
+    H = BlockHankel(markov.detach())
     N, rows, cols = H.shape
     large, small, width = max(rows, cols), min(rows, cols), rank + OVERSAMPLE
     real = N * (4 if markov.is_complex() else 1)
@@ -74,13 +74,9 @@ def _explain_realization(op: str, markov: Tensor, rank: int) -> Explanation:
     return Explanation(op, "reference", method, {}, costs)
 
 
-_explainers: dict[Callable[..., Any], Callable[..., Explanation]] = {
-    api.gramian_factors: partial(_explain_systems, "gramian_factors"),
-    api.hankel_singular_values: partial(_explain_systems, "hankel_singular_values"),
-    api.hankel_energy: partial(_explain_systems, "hankel_energy"),
-    balanced_truncation: _explain_truncation,
-    hankel_svd: partial(_explain_realization, "hankel_svd"),
-    era: partial(_explain_realization, "era"),
-}
-for function, explainer in _explainers.items():
-    register_explainer(function, explainer)
+register_explainer(api.gramian_factors, partial(_explain_systems, "gramian_factors"))
+register_explainer(api.hankel_singular_values, partial(_explain_systems, "hankel_singular_values"))
+register_explainer(api.hankel_energy, partial(_explain_systems, "hankel_energy"))
+register_explainer(balanced_truncation, _explain_truncation)
+register_explainer(hankel_svd, partial(_explain_realization, "hankel_svd"))
+register_explainer(era, partial(_explain_realization, "era"))

@@ -35,11 +35,11 @@ class Realization(NamedTuple):
 
 
 class BlockHankel:
-    """H (pL × mK) of h_1 … h_T (N, T, p, m) in float64, as an operator: L = ⌈T/2⌉ block rows, K = T − L + 1."""
+    """H (N, pL, mK) of every h_1 … h_T (..., T, p, m), as an operator: L = ⌈T/2⌉ block rows, K = T − L + 1."""
 
     def __init__(self, markov: Tensor) -> None:
-        self.markov = markov
-        N, self.T, self.p, self.m = markov.shape
+        self.markov = markov.reshape(-1, *markov.shape[-3:])
+        N, self.T, self.p, self.m = self.markov.shape
         self.L = (self.T + 1) // 2
         self.K = self.T - self.L + 1
         self.shape = (N, self.p * self.L, self.m * self.K)
@@ -117,8 +117,7 @@ def hankel_svd(markov: Tensor, rank: int) -> SVD:
     leading = check_sequence("hankel_svd", markov, rank)
     U, S, Vh = _leading(markov.detach(), rank)
     if torch.is_grad_enabled() and markov.requires_grad:
-        h = wide(markov).reshape(-1, *markov.shape[-3:])
-        image = BlockHankel(h).times(Vh.mH)
+        image = BlockHankel(wide(markov)).times(Vh.mH)
         S = S + once((U.conj() * image).sum(-2).real - S, "hankel_svd cannot be differentiated twice")  # uᴴ H v
         U, Vh = (never(x, markov, "hankel_svd's U and Vh have no gradient, only S has") for x in (U, Vh))
     return SVD(
@@ -151,7 +150,7 @@ def era(markov: Tensor, rank: int) -> Realization:
     U, S, Vh = _leading(markov.detach(), rank)
     # what rounding the data may have done to H, and what computing did
     data, own = (torch.finfo(dtype).eps for dtype in (markov.dtype, torch.float64))
-    noise = data * BlockHankel(wide(markov.detach()).reshape(-1, *markov.shape[-3:])).norm().unsqueeze(-1)
+    noise = data * BlockHankel(wide(markov.detach())).norm().unsqueeze(-1)
     kept = torch.maximum(noise, own * max(U.shape[1], Vh.shape[2]) * S[:, :1]) < S
     root = torch.where(kept, S, 0).sqrt() + 0 * S
     inverse = torch.where(kept, S, torch.inf).rsqrt()
