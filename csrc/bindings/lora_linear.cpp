@@ -21,7 +21,7 @@ const View& given(const char* name, const MaybeView& view) {
 // A call whose layers know their operands. `layers` is (weight, bias, lora_A, lora_B, projected) of each.
 LoraLinear make_call(const View& input, const std::vector<Views>& operands, const std::vector<double>& scalings,
                      const std::vector<double>& dropout_p, const std::vector<std::pair<uint64_t, uint64_t>>& states,
-                     const std::string& accumulate, bool base_done, std::vector<LoraLayer>& layers) {
+                     const std::string& accumulate, std::vector<LoraLayer>& layers) {
   const size_t K = operands.size();
   if (scalings.size() != K || dropout_p.size() != K || states.size() != K)
     throw py::value_error("every layer needs its scaling, dropout_p and state");
@@ -54,7 +54,6 @@ LoraLinear make_call(const View& input, const std::vector<Views>& operands, cons
   call.layers = layers.data();
   call.count = static_cast<int64_t>(K);
   call.accumulate = accumulator;
-  call.base_done = base_done;
   return call;
 }
 
@@ -73,13 +72,13 @@ void bind_lora_linear(py::module_& m) {
       "lora_linear_forward",
       [](const View& input, const std::vector<Views>& operands, const std::vector<double>& scalings,
          const std::vector<double>& dropout_p, const std::vector<std::pair<uint64_t, uint64_t>>& states,
-         const std::string& accumulate, bool base_done, const Views& outputs, int threads) {
+         const std::string& accumulate, const Views& outputs, int threads) {
         check_threads(threads);
         std::vector<LoraLayer> layers;
-        const LoraLinear call = make_call(input, operands, scalings, dropout_p, states, accumulate, base_done, layers);
+        const LoraLinear call = make_call(input, operands, scalings, dropout_p, states, accumulate, layers);
         if (outputs.size() != layers.size()) throw py::value_error("every layer needs its output");
         for (size_t k = 0; k < layers.size(); ++k) {
-          layers[k].output = given("output", outputs[k]);
+          layers[k].output = or_absent(outputs[k]);
           check_shape("output", layers[k].output, input.rows, layers[k].weight.rows);
         }
         const auto& kernels = *current_isa().lora_linear;
@@ -87,7 +86,7 @@ void bind_lora_linear(py::module_& m) {
         kernels.forward(call, threads);
       },
       py::arg("input"), py::arg("operands"), py::arg("scalings"), py::arg("dropout_p"), py::arg("states"),
-      py::arg("accumulate"), py::arg("base_done"), py::arg("outputs"), py::arg("threads"));
+      py::arg("accumulate"), py::arg("outputs"), py::arg("threads"));
 
   m.def(
       "lora_linear_backward",
@@ -97,9 +96,10 @@ void bind_lora_linear(py::module_& m) {
          const std::vector<Views>& grads, int threads) {
         check_threads(threads);
         std::vector<LoraLayer> layers;
-        LoraLinear call = make_call(input, operands, scalings, dropout_p, states, accumulate, base_done, layers);
+        LoraLinear call = make_call(input, operands, scalings, dropout_p, states, accumulate, layers);
         if (grad_outputs.size() != layers.size() || grads.size() != layers.size())
           throw py::value_error("every layer needs its gradients");
+        call.base_done = base_done;
         call.grad_input = or_absent(grad_input);
         check_shape("grad_input", call.grad_input, input.rows, input.cols);
         for (size_t k = 0; k < layers.size(); ++k) {

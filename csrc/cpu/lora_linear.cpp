@@ -112,8 +112,7 @@ void finish_alone(const LoraLinear& call, const LoraLayer& layer, const T* bias,
     const int64_t n = min(block, N - row);
     const Term<T> terms[] = {low_rank(layer, row, scaling),
                              {rows_from<T>(call.input, row), operand<T>(layer.weight).transposed(), call.input.cols}};
-    if (call.base_done) out.load_rows(threads, row, n);
-    gemm(threads, n, layer.weight.rows, terms, call.base_done ? 1 : 2, out.at(row), out.stride(), call.base_done, bias);
+    gemm(threads, n, layer.weight.rows, terms, 2, out.at(row), out.stride(), false, bias);
     out.store_rows(threads, row, n);
   }
 }
@@ -147,12 +146,12 @@ void finish_together(const LoraLinear& call, int64_t first, F&& same, const T* b
 template <class T>
 void forward(const LoraLinear& call, int threads) {
   project_all<T>(call, threads);
-  auto same = [&](const LoraLayer& a, const LoraLayer& b) {
-    return &a == &b || (!call.base_done && same_matrix(a.weight, b.weight) && same_matrix(a.bias, b.bias));
+  auto same = [](const LoraLayer& a, const LoraLayer& b) {
+    return same_matrix(a.weight, b.weight) && same_matrix(a.bias, b.bias);
   };
   for (int64_t k = 0; k < call.count; ++k) {
-    if (leader(call, k, same) < k) continue;
     const LoraLayer& layer = call.layers[k];
+    if (!layer.output || leader(call, k, same) < k) continue;
     bool alone = true;
     for (int64_t other = k + 1; other < call.count; ++other) alone = alone && !same(layer, call.layers[other]);
     Buffer<T> bias;

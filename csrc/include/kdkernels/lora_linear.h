@@ -18,7 +18,7 @@ struct LoraLayer {
   View bias;                                    // (d_out, 1), or absent
   View lora_A, lora_B;                          // (r, d_in), (d_out, r)
   View projected;                               // S (N, r), contiguous, in the accumulation dtype
-  View output;                                  // forward: Y (N, d_out)
+  View output;                                  // forward: Y (N, d_out), or absent where S alone is wanted
   View grad_output;                             // backward: dY (N, d_out)
   View grad_weight, grad_bias, grad_A, grad_B;  // backward: as their operands, or absent where not wanted
   double scaling = 1, dropout_p = 0;
@@ -31,8 +31,7 @@ struct LoraLinear {
   LoraLayer* layers = nullptr;
   int64_t count = 0;
   DType accumulate = DType::float32;  // float32 or float64
-  // Base products (x Wᵀ + b, or Σ dY W) already lie in the outputs (or grad_input): the rest is added to them.
-  bool base_done = false;
+  bool base_done = false;  // backward: Σ dY W already lies in grad_input, and the rest is added to it
 };
 
 struct LoraLinearKernels {

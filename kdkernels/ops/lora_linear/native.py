@@ -4,13 +4,13 @@ The kernels are in csrc/cpu/lora_linear.cpp, their formulas in csrc/include/kdke
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _native
+from kdkernels.gemm import vendor_multiplies
 
 Tensors = Sequence[Tensor]
 Maybe = Sequence[Tensor | None]
@@ -29,16 +29,39 @@ def forward(
     projected: Tensors,
 ) -> None:
     """Fill each output (N, d_out) and projected (N, r) (see `schema.lora_linear`)."""
-    base_done = _vendor_multiplies(input.dtype)
-    if base_done:
-        for y, weight, bias in zip(outputs, weights, biases, strict=True):
-            y.copy_(F.linear(input, weight, bias))
+    by_vendor = vendor_multiplies(input.dtype)
     _native.module().lora_linear_forward(
         *_common(input, weights, biases, lora_A, lora_B, projected, scalings, dropout_p, states),
-        base_done,
-        [_view(y) for y in outputs],
+        [None if by_vendor else _view(y) for y in outputs],
         torch.get_num_threads(),
     )
+    if by_vendor:
+        for y, S, *layer in zip(outputs, projected, weights, biases, lora_B, scalings, strict=True):
+            y.copy_(_joined(input, S, *layer))
+
+
+def _joined(input: Tensor, S: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor, scaling: float) -> Tensor:
+    """x Wᵀ + b + α S Bᵀ as one product of [x, α S] and [W, B], so that the vendor rounds the sum once.
+
+    In a narrower dtype α S becomes three columns, each what the ones before it leave: 24 bits. Where B is wider than W,
+    it takes two: [S₁, S₂, S₁] and [B₁, B₁, B₂] give the adapter's part to 16 bits, 8 more than the result has.
+    """
+    dtype = weight.dtype
+    S = scaling * S
+    if dtype is torch.bfloat16:
+        (first, second, third), (B, rest) = _terms(S, dtype, 3), _terms(lora_B, dtype, 2)
+        exact = lora_B.dtype is dtype
+        S, lora_B = torch.cat([first, second, third if exact else first], 1), torch.cat([B, B, B if exact else rest], 1)
+    return F.linear(torch.cat([input, S], 1), torch.cat([weight, lora_B], 1), bias)
+
+
+def _terms(x: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """x as a sum of numbers of a narrower dtype; what is not finite stands in the first alone."""
+    found = []
+    for _ in range(count):
+        found.append(x.to(dtype))
+        x = torch.where(found[-1].isfinite(), x - found[-1], 0)
+    return found
 
 
 def backward(
@@ -58,7 +81,7 @@ def backward(
     grad_B: Maybe,
 ) -> None:
     """Fill every gradient that has room."""
-    base_done = _vendor_multiplies(input.dtype)
+    base_done = vendor_multiplies(input.dtype)
     grad_weights = list(grad_weights)
     if base_done:
         if grad_input is not None:
@@ -78,15 +101,6 @@ def backward(
         [[_view(g) for g in group] for group in grads],
         torch.get_num_threads(),
     )
-
-
-@cache
-def _vendor_multiplies(dtype: torch.dtype) -> bool:
-    """Whether base products are torch's: where the processor multiplies bfloat16, which our own product does not use.
-
-    In float32 ours is the faster one, as the adapter's part then costs no pass over the output (benchmarks/README.md).
-    """
-    return dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _common(

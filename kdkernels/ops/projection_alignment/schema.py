@@ -6,6 +6,7 @@ scales them by the incoming scalar, on the device. The pointwise operator (reduc
 and its backward is the reduced operator with the incoming gradient as weights.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -42,7 +43,7 @@ def projection_alignment(
     """Σ_i weights_i · loss_i / divisor and its gradients in the order of `NAMES`; those not in `needs` are empty."""
     operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
     total = student.new_empty((), dtype=accumulation_dtype(*operands))
-    grads = [_grad_like(x, need) for x, need in zip(operands, needs, strict=True)]
+    grads = _gradient_room(operands, needs)
     _implementation(backend).loss_and_gradients(operands, weights, metric, method, divisor, total, grads)
     return total, *grads  # type: ignore[return-value]
 
@@ -51,7 +52,7 @@ def projection_alignment(
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     operands, needs = arguments[:6], arguments[9]
     total = operands[0].new_empty((), dtype=accumulation_dtype(*operands))
-    return total, *(_grad_like(x, need) for x, need in zip(operands, needs, strict=True))
+    return total, *_gradient_room(operands, needs)
 
 
 @operator("kdkernels::projection_alignment_points")
@@ -84,11 +85,17 @@ def _implementation(backend: str) -> Any:
     return import_module(f"kdkernels.ops.projection_alignment.{backend}")
 
 
-def _grad_like(x: Tensor | None, need: bool) -> Tensor:
-    """Room for a gradient, contiguous whatever the strides of `x`; empty where none is needed."""
-    if x is None or not need:
-        return torch.empty(0) if x is None else x.new_empty(0)
-    return x.new_empty(x.shape)
+def _gradient_room(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Room for each gradient, contiguous whatever the strides of its operand; empty where none is needed.
+
+    All lie on the student's device, those of absent operands too: the outputs of one operator meet one scalar.
+    """
+    like = operands[0]
+    assert like is not None
+    return [
+        x.new_empty(x.shape) if x is not None and need else like.new_empty(0)
+        for x, need in zip(operands, needs, strict=True)
+    ]
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -103,14 +110,14 @@ def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: T
         raise RuntimeError(TWICE)
     if grad_total is None:
         return (None,) * 12
+    needs = ctx.options[2]
     grads, ctx.grads = ctx.grads, None  # handed out once: whoever gets them may keep and change them
     if grads is None or torch.is_grad_enabled():
         # A graph that was kept, or a first derivative that will itself be differentiated: then TWICE shall be raised.
         _, *grads = projection_alignment(*ctx.saved_tensors, *ctx.options)
-        grads = [g * grad_total for g in grads]
+        grads = [g * grad_total if need else g for g, need in zip(grads, needs, strict=True)]
     elif not _is_one(grad_total):
-        grads = [g.mul_(grad_total) for g in grads]
-    needs = ctx.options[2]
+        grads = [g.mul_(grad_total) if need else g for g, need in zip(grads, needs, strict=True)]
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None, None
 
 
