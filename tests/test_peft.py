@@ -134,13 +134,18 @@ CASES += [(LLAMA, torch.bfloat16, wide_adapters, False) for wide_adapters in (Fa
 
 @pytest.mark.parametrize("name, dtype, wide_adapters, autocast", CASES)
 def test_training_is_pefts(name, dtype, wide_adapters, autocast, backend, calls):
-    """At each step, against PEFT and float64 at the same parameters, which the accelerated model trains."""
+    """Against PEFT and float64 at the same parameters at each step, which the accelerated model trains.
+
+    The gradient of one step in bfloat16 is one draw: it misses float64's by 1 to 6 %, PEFT's own likewise, and either
+    by chance by four times as much as the other. Over all steps neither has luck: there is no room beside PEFT's error.
+    """
     model, batch = adapted(name, dtype, wide_adapters)
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     handle, layers = accelerate(model, backend=backend), lora_layers(model)
     assert not left(handle) and len(handle.report().layers) == len(layers) >= 12
-    room = 2e-5 if dtype is torch.float32 and not autocast else 2e-2  # roundings, as they grow through a network
-    losses = []
+    precise = dtype is torch.float32 and not autocast
+    room = 2e-5 if precise else 2e-2  # roundings, as they grow through a network
+    losses, misses = [], []
     for ours in training(model, batch, autocast=autocast):
         plain.load_state_dict(model.state_dict())
         exact.load_state_dict(model.state_dict())
@@ -148,8 +153,10 @@ def test_training_is_pefts(name, dtype, wide_adapters, autocast, backend, calls)
         truth = outcome(exact, {k: x.double() if x.is_floating_point() else x for k, x in batch.items()})
         yardstick = errors(theirs, truth)
         assert all(error < 5 * (yardstick[key] + room) for key, error in errors(ours, truth).items())
-        assert relative_error(whole(ours), whole(truth)) < 2 * relative_error(whole(theirs), whole(truth)) + room
+        misses.append([relative_error(whole(x), whole(truth)) for x in (ours, theirs)])
         losses.append(ours.loss)
+    our_miss, their_miss = torch.tensor(misses).square().mean(0).sqrt().tolist()
+    assert our_miss < 2 * their_miss + room * precise
     assert losses[-1] < losses[0] and len(calls) == STEPS * len(layers)
 
 
