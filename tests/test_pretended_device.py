@@ -1,0 +1,30 @@
+"""Every output and gradient of every operator lives on the device of its inputs, whichever operands are absent."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.native  # the CPU run that is compared with is that of the kernels
+
+
+def differences(environment, *options):
+    """(case, what differs) of every case, in a process of its own."""
+    script = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "pretending.py"), *options]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [(tuple(map(str, case)), different) for *case, different in map(json.loads, done.stdout.splitlines())]
+
+
+def test_every_operator_stays_on_its_device(environment):
+    found = differences(environment)
+    operators = {case[1].split()[0] for case, _ in found}
+    assert len(found) > 1000 and operators > {"projection_alignment_loss", "lora_linear", "svd", "hankel_energy"}
+    assert not [row for row in found if row[1]]
+
+
+def test_one_operand_on_the_cpu_is_caught(environment):
+    wrong = [(case, text) for case, text in differences(environment, "--mistake") if text]
+    assert wrong and all(case[1].startswith("projection_alignment_loss") for case, _ in wrong)
