@@ -4,7 +4,7 @@ Under FakeTensorMode `device="cuda"` cannot answer on a CPU build of PyTorch: au
 aborts the process. A device registered from Python has a guard, and FakeTensorMode raises wherever tensors of two
 devices meet, as CUDA would. Registering it changes the process for good, so this file runs in one of its own, which
 prints a line of JSON for each case: what it is, and what the pretended device says otherwise than a real CPU run.
-With --mistake one operand is made on the CPU, which must show.
+With --mistake one gradient is made on the CPU, which must show.
 """
 
 import dataclasses
@@ -177,13 +177,14 @@ def register() -> None:
 
 
 def mistake() -> None:
-    """The room of an absent operand's gradient on the CPU."""
+    """The room of the bias's gradient on the CPU."""
     from kdkernels.ops.projection_alignment import schema
 
     right = schema._gradient_room
 
     def wrong(operands: Any, needs: Any) -> list[Tensor]:
-        return [torch.empty(0) if x is None else g for x, g in zip(operands, right(operands, needs), strict=True)]
+        *rooms, bias, last = right(operands, needs)
+        return [*rooms, torch.empty(bias.shape, dtype=bias.dtype), last]
 
     schema._gradient_room = wrong
 
@@ -192,9 +193,11 @@ if __name__ == "__main__":
     register()
     if "--mistake" in sys.argv:
         mistake()
-    for implementation in ("auto", "reference"):
+    for implementation in ("auto",) if "--mistake" in sys.argv else ("auto", "reference"):
         with kd.use_backend(implementation):
             for case in cases():
+                if implementation == "reference" and case.name.startswith("svd ") and case.dtype.is_complex:
+                    continue  # torch's backward looks at the phases, which a pretended tensor does not have
                 about = [implementation, case.name, sorted(case.leaves), str(case.dtype)]
                 print(json.dumps([*about, difference(case)]))
     sys.stdout.flush()
