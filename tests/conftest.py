@@ -31,8 +31,8 @@ def _threads() -> Iterator[None]:
 
 
 def environment_of(root: Path) -> dict[str, str]:
-    """For a Python of its own: the checkout in `root` first, one thread, and no instruction set forced."""
-    found = {name: value for name, value in os.environ.items() if name != "KDKERNELS_ISA"}
+    """For a Python of its own: the checkout in `root` first, one thread, and no path of the kernels forced."""
+    found = {name: value for name, value in os.environ.items() if name not in ("KDKERNELS_ISA", "KDKERNELS_GEMM")}
     return found | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 
 

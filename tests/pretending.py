@@ -101,9 +101,7 @@ def decompositions() -> Iterator[Case]:
             for leaves in ({"matrix"}, set[str]()):
                 for function in (kd.svd, kd.svdvals):
                     name = f"{function.__name__} {shape}"
-                    yield Case(
-                        name, lambda x, f=function: f(x["matrix"]), {"matrix": shape}, frozenset(leaves), dtype
-                    )
+                    yield Case(name, lambda x, f=function: f(x["matrix"]), {"matrix": shape}, frozenset(leaves), dtype)
         for leaves in subsets(system):
             for function in (kd.hankel_singular_values, kd.hankel_energy):
                 yield Case(

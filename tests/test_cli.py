@@ -81,6 +81,15 @@ def test_doctor_says_which_instruction_set_was_forced(environment, isa):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("who", ["vendor", "own"])
+def test_doctor_says_who_multiplies(environment, who):
+    result = kdkernels(environment | {"KDKERNELS_GEMM": who}, "doctor")
+    assert f"float32 {who}, bfloat16 {who}, forced by KDKERNELS_GEMM" in result.stdout
+    result = kdkernels(environment | {"KDKERNELS_GEMM": "mine"}, "doctor")
+    assert "KDKERNELS_GEMM is 'mine', but must be one of 'auto', 'vendor', 'own'" in result.stdout
+
+
+@pytest.mark.native
 def test_doctor_survives_an_instruction_set_that_is_not_there(environment):
     result = kdkernels(environment | {"KDKERNELS_ISA": "sve"}, "doctor")
     assert "sve" in result.stdout
@@ -127,14 +136,19 @@ def test_validate_json(environment):
     deviation = report["results"][0]["deviations"][0]
     assert deviation.keys() == {"name", "error", "budget", "ok"}
     assert {d["name"] for d in report["results"][0]["deviations"]} >= {"loss", "grad student", "grad teacher_proj"}
+    assert "lora_linear: 0 checks, 0 failed; now reference eager cpu" in result.stderr  # a sign of life, said at once
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("products", ["own", "vendor"])
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
-def test_validate_native(environment, isa):
+def test_validate_native(environment, isa, products):
+    """Every path that this machine can run, whichever it would take by itself."""
     if isa not in _native.module().isas():
         pytest.skip(f"this CPU or build has no {isa}")
-    result = kdkernels(environment | {"KDKERNELS_ISA": isa}, "validate", "--backend", "native")
+    path = {"KDKERNELS_ISA": isa, "KDKERNELS_GEMM": products}
+    only = ("--op", "lora_linear") if products == "vendor" else ()
+    result = kdkernels(environment | path, "validate", "--backend", "native", *only)
     assert result.returncode == 0, result.stdout
     assert " 0 failed" in result.stdout
 

@@ -12,7 +12,7 @@ from conftest import ISAS
 from lora import BACKENDS, call, native_only, operands
 
 import kdkernels as kd
-from kdkernels import _native
+from kdkernels.gemm import vendor_multiplies
 from kdkernels.ops.lora_linear import reference, schema
 from kdkernels.philox import keep_mask
 from kdkernels.testing.check import FLOAT64_SHARE
@@ -170,14 +170,41 @@ def test_a_dropped_element_does_not_exist_for_the_adapter():
     assert torch.equal(S, 2.0 * mask)
 
 
-def test_bfloat16_is_rounded_once():
+@pytest.mark.parametrize("wide_adapters", (False, True))
+@pytest.mark.parametrize("path", ("reference", *(pytest.param(x, marks=native_only) for x in ("own", "vendor"))))
+def test_bfloat16_is_rounded_once(path, wide_adapters, monkeypatch):
+    """Beside the rounding of the result, half a unit of its last place, there is room for that of sums alone."""
+    if path != "reference":
+        monkeypatch.setenv("KDKERNELS_GEMM", path)
     x, weight, lora_A, lora_B, bias = operands(40, 64, 48, 8, torch.bfloat16, grad=False)
+    if wide_adapters:
+        draw = torch.Generator().manual_seed(4)
+        lora_A, lora_B = (torch.randn(t.shape, generator=draw) for t in (lora_A, lora_B))
     exact = reference.adapted(*(t.double() for t in (x, weight, bias, lora_A, lora_B)), 1.5, 0.0, None)
-    for backend in ("reference", "native") if _native.why_not() is None else ("reference",):
-        y = call(x, weight, lora_A, lora_B, bias, backend=backend)
-        assert y.dtype is torch.bfloat16
-        off = (y.double() - exact).abs() > 2**-8 * exact.abs() * (1 + 2 * FLOAT64_SHARE) + 1e-4
-        assert not off.any()
+    y = call(x, weight, lora_A, lora_B, bias, backend="reference" if path == "reference" else "native")
+    assert y.dtype is torch.bfloat16
+    # the vendor takes the adapter's part to 24 bits, beside wide adapters to 16
+    sums = 2**-15 * (x.double() @ lora_A.double().T).abs() @ lora_B.double().abs().T if wide_adapters else 0
+    off = (y.double() - exact).abs() > 2**-8 * exact.abs() * (1 + 2 * FLOAT64_SHARE) + 1e-4 + sums
+    assert not off.any()
+
+
+@native_only
+def test_what_is_not_finite_is_no_other_number_in_the_vendors_product(monkeypatch):
+    """A projected point beyond the range is infinite, not NaN, though it is split into several numbers."""
+    monkeypatch.setenv("KDKERNELS_GEMM", "vendor")
+    x, weight, lora_A, lora_B, bias = operands(3, dtype=torch.bfloat16, grad=False)
+    x[1] = 1e38
+    y = call(x.abs(), weight.abs(), lora_A.abs(), lora_B.abs(), bias, backend="native")
+    assert y[1].isinf().all() and y[[0, 2]].isfinite().all()
+
+
+def test_who_multiplies_is_one_of_three(monkeypatch):
+    monkeypatch.setenv("KDKERNELS_GEMM", "mine")
+    with pytest.raises(ValueError, match="KDKERNELS_GEMM is 'mine', but must be one of 'auto', 'vendor', 'own'"):
+        vendor_multiplies(torch.float32)
+    monkeypatch.setenv("KDKERNELS_GEMM", "")
+    assert not vendor_multiplies(torch.float32)
 
 
 @native_only

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from kdkernels import _native, backend
+from kdkernels import _native, backend, gemm
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import print_table
+from kdkernels.gemm import vendor_multiplies
 from kdkernels.testing import SUITES, checks
 from kdkernels.testing.compare import Deviation
 
 DEVICES = ("cpu", "cuda")
+PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +71,8 @@ def native_module() -> dict[str, Any]:
         "isas": list(module.isas()),
         "cuda_architectures": module.cuda_architectures.split(),
         "KDKERNELS_ISA": forced,
+        "products": {name: "vendor" if vendor_multiplies(dtype) else "own" for name, dtype in PRODUCTS.items()},
+        gemm.VARIABLE: os.environ.get(gemm.VARIABLE),
     }
 
 
@@ -145,6 +149,9 @@ def show_native(found: dict[str, Any]) -> None:
         forced = f", forced by KDKERNELS_ISA={found['KDKERNELS_ISA']}" if found["KDKERNELS_ISA"] else ""
         print(f"compiled module: {found['file']}")
         print(f"  instruction set {found['isa']}{forced}; this CPU has {', '.join(found['isas'])}")
+        products = ", ".join(f"{name} {who}" for name, who in found["products"].items())
+        forced = f", forced by {gemm.VARIABLE}" if found[gemm.VARIABLE] else ""
+        print(f"  large products of lora_linear: {products}{forced}")
         print(f"  CUDA kernels: {', '.join(found['cuda_architectures']) or 'none, built without nvcc'}")
 
 

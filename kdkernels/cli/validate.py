@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from time import monotonic
 from typing import Any
 
 from kdkernels.backend import BACKENDS, TABLE
@@ -82,30 +83,52 @@ def run(arguments: argparse.Namespace) -> int:
 
 def validate(op: str, backend: str | None, quick: bool, exitfirst: bool) -> list[Result]:
     """Run the checks of one operator; a check that raises has failed, the others still run."""
-    results = []
+    results: list[Result] = []
+    progress = Progress()
     for check in checks(op, quick):
         if backend not in (None, check.backend):
             continue
+        dtype = str(check.dtype).removeprefix("torch.")
+        row = (check.op, check.backend, check.method, check.device, dtype, check.variant, check.case)
+        failed = sum(not result.ok for result in results)
+        progress.show(f"{op}: {len(results)} checks, {failed} failed; now {' '.join(filter(None, row[1:]))}")
         deviations, failure = (), None
         try:
             with poisoned_memory():
                 deviations = tuple(check.run())
         except Exception as error:  # whatever a broken kernel raises is a finding, and the rest must still be checked
             failure = f"{type(error).__name__}: {error}"
-        dtype = str(check.dtype).removeprefix("torch.")
-        row = (check.op, check.backend, check.method, check.device, dtype, check.variant, check.case)
         results.append(Result(*row, deviations, failure))
-        progress(f"{len(results)} checks, {sum(not r.ok for r in results)} failed: {', '.join(row[1:])}")
         if exitfirst and not results[-1].ok:
             break
-    progress("")
+    progress.clear()
     return results
 
 
-def progress(text: str) -> None:
-    """One line that overwrites itself, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text[:110]}", end="", file=sys.stderr, flush=True)
+class Progress:
+    """What is being checked, on standard error: a line that overwrites itself on a terminal, else one now and then.
+
+    The first check of an operator is announced at once, before it runs: a kernel may have to be compiled for it.
+    """
+
+    SECONDS = 3.0  # between lines that stay
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.last = -self.SECONDS
+
+    def show(self, text: str) -> None:
+        """Announce what comes next."""
+        if self.terminal:
+            print(f"\r\033[K{text[:110]}", end="", file=sys.stderr, flush=True)
+        elif (now := monotonic()) - self.last >= self.SECONDS:
+            self.last = now
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Leave the terminal's line empty."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def show(results: list[Result], skipped: list[dict[str, str]]) -> None:

@@ -31,7 +31,7 @@ struct LoraLinear {
   LoraLayer* layers = nullptr;
   int64_t count = 0;
   DType accumulate = DType::float32;  // float32 or float64
-  bool base_done = false;  // backward: Σ dY W already lies in grad_input, and the rest is added to it
+  bool base_done = false;             // backward: Σ dY W already lies in grad_input, and the rest is added to it
 };
 
 struct LoraLinearKernels {
