@@ -252,7 +252,7 @@ def test_nothing_asks_for_a_value(kernels: ModuleType, method: str) -> None:
     assert not asked.names & {"_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "is_nonzero"}
 
 
-def test_gram_serves_cosine_in_float32_where_it_is_asked_for() -> None:
+def test_gram_serves_cosine_in_float32() -> None:
     for dtype, metric, served in (
         (torch.float32, "cosine", True),
         (torch.float32, "angular", False),
@@ -261,12 +261,38 @@ def test_gram_serves_cosine_in_float32_where_it_is_asked_for() -> None:
     ):
         operands = make_inputs(512, 4, 4, 4096, dtype=dtype, bias=False).operands
         sizes = methods.sizes(operands, [True] * 6, "triton", metric)
-        assert methods.choose("auto", sizes)[0] == "direct"  # until gram has been measured on a GPU
+        assert methods.choose("auto", sizes)[0] == "direct"
         if served:
             assert methods.choose("gram", sizes)[0] == "gram"
         else:
             with pytest.raises(ValueError, match="method='gram' does not apply"):
                 methods.choose("gram", sizes)
+
+
+@pytest.mark.parametrize("needs", ([True, False, True, True, False, False], [True, *[False] * 5]))
+def test_auto_takes_gram_where_float64_is_fast_and_it_costs_less(needs: list[bool]) -> None:
+    def chosen(N: int, D: int, by_itself: bool = True) -> str:
+        sizes = methods.Sizes(N, D, 768, 1280, 4, "triton", "cosine", False, tuple(needs), gram_by_itself=by_itself)
+        return methods.choose("auto", sizes)[0]
+
+    assert chosen(8192, 4096) == chosen(8192, 16384) == "gram"  # as measured on an H100
+    assert chosen(8192, 512) == "direct"  # D below the widths
+    assert chosen(64, 4096) == "direct"  # too few points for the products of the projections
+    assert chosen(8192, 4096, by_itself=False) == "direct"
+
+
+def test_which_gpus_sum_in_float64_at_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = [x.to("meta") for x in make_inputs(8, bias=False).operands if x is not None]
+    device = torch.device("cuda")
+    for capability, precision, expected in (
+        ((9, 0), "highest", True),
+        ((9, 0), "high", False),
+        ((8, 9), "highest", False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda found=precision: found)
+        assert methods._gram_pays_on(device) is expected
+    assert not methods.sizes(operands, [True] * 4, "triton", "cosine").gram_by_itself
 
 
 def test_same_bits_on_every_run(kernels: ModuleType) -> None:
