@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ISAS
 from torch.autograd import forward_ad
 
 import kdkernels as kd
@@ -162,6 +163,24 @@ def test_sparse_matrices_of_small_integers(dtype, decades):
         assert ((values - exact).abs() <= 4e-6 * exact[:, :1]).all()
     assert largest((U * S.unsqueeze(-2)) @ Vh - matrix) < 2e-5
     assert largest(Vh @ Vh.mH - torch.eye(5)) < 2e-5
+
+
+@native_only
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", ((1e-25, 1e25, 1.0), (1e-30, 1e10, 1.0), (1e-36, 1e18, 1.0), (3e-38, 2e-38, 3e38)))
+def test_small_values_beside_the_largest_of_the_range_are_right(values, dtype, isa):
+    """Scaled by the largest to 1 alone, the smallest of these would leave the range of float32."""
+    for order in ((0, 1, 2), (1, 2, 0)):
+        diagonal = torch.tensor(values)[list(order)]
+        matrix = torch.diag(diagonal).to(dtype)
+        exact = diagonal.double().sort(descending=True).values
+        U, S, Vh = kd.svd(matrix, backend="native")
+        eps = torch.finfo(dtype).eps
+        seen = exact > exact[0] * 1e-70  # decades that float32 has beside the largest entry
+        for found in (S, kd.svdvals(matrix, backend="native")):
+            assert ((found.double() / exact - 1).abs()[seen] < 8 * eps).all()
+        assert largest(U.mH @ U - torch.eye(3)) < 50 * eps and largest(Vh @ Vh.mH - torch.eye(3)) < 50 * eps
 
 
 # ---- NaN

@@ -111,11 +111,14 @@ inline Mask<ScalarOf<N>> not_finite(const N* x, int64_t count) {
   return zero != 0;
 }
 
-// The power of two that brings the largest part of x into [1, 2); x is multiplied by it, and zeroed in `bad` lanes.
+// The power of two that brings the largest part of x into [lift, 2 lift), or as near as the range of powers lets it; x
+// is multiplied by it, and zeroed in `bad` lanes. A lift keeps small parts beside it within the range.
 template <class N>
-inline Vector<ScalarOf<N>> normalise(N* x, int64_t count, Mask<ScalarOf<N>> bad) {
+inline Vector<ScalarOf<N>> normalise(N* x, int64_t count, Mask<ScalarOf<N>> bad, ScalarOf<N> lift = 1) {
   using T = ScalarOf<N>;
-  const Vector<T> scale = unit_scale<T>(bad ? Vector<T>{} : largest_of(x, count));
+  const Vector<T> unit = unit_scale<T>(bad ? Vector<T>{} : largest_of(x, count));
+  const Vector<T> most = broadcast<T>(1 / Format<T>::smallest), lifted = unit * lift;
+  const Vector<T> scale = lifted > most ? most : lifted;
   for (int64_t k = 0; k < count; ++k) x[k] = select(bad, N{}, x[k] * scale);
   return scale;
 }

@@ -219,11 +219,13 @@ struct Format;
 template <>
 struct Format<float> {
   static constexpr int mantissa = 23, bias = 127;
+  static constexpr float lift = 0x1p110f;  // of matrices whose columns are scaled before they are squared
   static constexpr float epsilon = 0x1p-23f, smallest = 0x1p-126f, largest = 0x1.fffffep127f, split = 4097.f;
 };
 template <>
 struct Format<double> {
   static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double lift = 0x1p990;
   static constexpr double epsilon = 0x1p-52, smallest = 0x1p-1022, largest = 0x1.fffffffffffffp1023, split = 134217729.;
 };
 

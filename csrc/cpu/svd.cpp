@@ -29,7 +29,7 @@ void decompose_group(const Svd& call, int64_t index, const Schedule& schedule, V
   Decomposition<N>& svd = room.svd;
   read_columns(Group<T>(call.matrices, index), rows, cols, svd.M, rows);
   const Mask<T> bad = not_finite(svd.M, rows * cols);
-  const V inverse_scale = 1 / normalise(svd.M, rows * cols, bad);
+  const V inverse_scale = 1 / normalise(svd.M, rows * cols, bad, Format<T>::lift);
   const bool arranged = svd.arrange();
   svd.decompose(schedule, with_vectors);
   if (with_vectors) {

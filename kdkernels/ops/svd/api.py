@@ -27,7 +27,8 @@ def svd(matrix: Tensor, *, backend: str = "auto") -> SVD:
 
     On the CPU by one-sided Jacobi (Demmel and Veselić 1992; Drmač and Veselić 2008) with the batch across SIMD lanes,
     which also gets the small singular values right of a matrix whose columns (of a wide one: rows) differ by many
-    orders of magnitude; above 72 (complex128) to 120 columns (float32) by `torch.linalg`, in parallel over the batch.
+    orders of magnitude, up to 70 decades in float32 and 600 in float64; above 72 (complex128) to 120 columns (float32)
+    by `torch.linalg`, in parallel over the batch.
 
     Args:
         matrix: (..., rows, cols), real or complex, float32 or float64.
