@@ -51,7 +51,7 @@ def test_every_combination_of_gradients_in_float64(bias, p):
 @native_only
 @pytest.mark.parametrize("p", (0.0, 0.3))
 def test_base_products_of_the_vendor(monkeypatch, p):
-    """Where the processor multiplies bfloat16, torch forms x Wᵀ and dY W, and ours adds the rest."""
+    """Where the processor multiplies bfloat16, torch forms [x, αS] [W, B]ᵀ and dY W; the rest is ours."""
     monkeypatch.setenv("KDKERNELS_GEMM", "vendor")
     for dtype, case in itertools.product((torch.float32, torch.bfloat16), QUICK.values()):
         wrong = [d for d in compare_case({"dtype": dtype, "dropout_p": p} | case, "native") if not d.ok]

@@ -16,7 +16,6 @@ import torch
 from kdkernels import _native, backend, gemm
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import print_table
-from kdkernels.gemm import vendor_multiplies
 from kdkernels.testing import SUITES, checks
 from kdkernels.testing.compare import Deviation
 
@@ -71,7 +70,7 @@ def native_module() -> dict[str, Any]:
         "isas": list(module.isas()),
         "cuda_architectures": module.cuda_architectures.split(),
         "KDKERNELS_ISA": forced,
-        "products": {name: "vendor" if vendor_multiplies(dtype) else "own" for name, dtype in PRODUCTS.items()},
+        "products": {name: "vendor" if gemm.vendor_multiplies(dtype) else "own" for name, dtype in PRODUCTS.items()},
         gemm.VARIABLE: os.environ.get(gemm.VARIABLE),
     }
 
