@@ -86,6 +86,11 @@ TABLE: tuple[Implementation, ...] = (
 _default = "auto"
 
 
+def default() -> str:
+    """What `use_backend` named, or `"auto"`."""
+    return _default
+
+
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Within the block, operators called with `backend="auto"` use this backend (process-wide, not per thread)."""

@@ -180,9 +180,9 @@ def mistake() -> None:
 
     right = schema._gradient_room
 
-    def wrong(operands: Any, needs: Any) -> list[Tensor]:
+    def wrong(operands: Any, needs: Any) -> list[Tensor | None]:
         *rooms, bias, last = right(operands, needs)
-        return [*rooms, torch.empty(bias.shape, dtype=bias.dtype), last]
+        return [*rooms, None if bias is None else torch.empty(bias.shape, dtype=bias.dtype), last]
 
     schema._gradient_room = wrong
 

@@ -24,6 +24,7 @@ eager rounds them to. AMD's matrix units multiply float32 as it is.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -31,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_hip
 
+from kdkernels.ops.lora_linear.call import unpack
 from kdkernels.philox import threshold
 
 MAX_RANK = 64  # columns of adapters whose sums one program holds; more are cut
@@ -268,18 +270,14 @@ def fuses(d_in: int, dtype: torch.dtype) -> bool:
 
 
 def forward(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    states: Tensor | None,
     projected: Sequence[Tensor],
+    outputs: Sequence[Tensor],
 ) -> None:
     """Fill `outputs` with each Y (N, d_out) and `projected` with each S (N, r)."""
+    input, weights, lora_A, lora_B, biases, scalings, dropout_p = _columns_of(tensors, numbers)
     with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
         K = range(len(weights))
         _project(input, [Part.dropping(lora_A[k], projected[k], states, k, dropout_p[k]) for k in K])
@@ -294,22 +292,16 @@ def forward(
 
 
 def backward(
-    grad_outputs: Sequence[Tensor],
-    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    states: Tensor | None,
     projected: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    grad_input: Tensor | None,
-    grad_weights: Sequence[Tensor | None],
-    grad_biases: Sequence[Tensor | None],
-    grad_A: Sequence[Tensor | None],
-    grad_B: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
 ) -> None:
     """Fill each gradient that is not None."""
+    input, weights, lora_A, lora_B, _, scalings, dropout_p = _columns_of(tensors, numbers)
+    grad_input, grad_weights, grad_A, grad_B, grad_biases, *_ = _columns_of(grads, numbers)
     with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
         dS: dict[int, Tensor] = {}  # of the siblings that need it
         for k, dY in enumerate(grad_outputs):
@@ -335,6 +327,11 @@ def backward(
             for start in range(0, len(parts), MAX_SIBLINGS):
                 batch = slice(start, start + MAX_SIBLINGS)
                 _expand(grad_input, None, None, [dS[k] for k in range(len(parts))[batch]], parts[batch])
+
+
+def _columns_of(tensors: Sequence[Any], numbers: Sequence[float]) -> tuple[Any, ...]:
+    """The input, then what each field of `LoRA` is in every layer."""
+    return tensors[0], *zip(*unpack(tensors, numbers), strict=True)
 
 
 def _precision(*dtypes: torch.dtype) -> str:

@@ -29,9 +29,7 @@ def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor
     left = matrix.new_empty(N, rows, cols) if vectors else None
     right = matrix.new_empty(N, cols, cols) if vectors else None
     if N and cols:
-        tall = tall.contiguous()
-        views = [_native.view(flat(x)) for x in (tall, values, left, right)]
-        arguments = (views[0], rows, cols, matrix.is_complex(), *views[1:])
+        arguments = (tall.contiguous(), values, left, right)
         if matrix.is_cuda:
             _native.launch("cuda_svd", matrix.device, *arguments)
         else:
@@ -46,10 +44,3 @@ def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor
 def adjoint(x: Tensor) -> Tensor:
     """Xᴴ as it lies in memory."""
     return x.resolve_conj().resolve_neg().mT.conj_physical().contiguous()
-
-
-def flat(x: Tensor | None) -> Tensor | None:
-    """(N, …) -> (N, the real numbers of one), in place."""
-    if x is None:
-        return None
-    return (torch.view_as_real(x) if x.is_complex() else x).view(len(x), -1)
