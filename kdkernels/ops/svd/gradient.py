@@ -8,8 +8,23 @@ With Φ_U and Φ_V the skew parts X − Xᴴ of Uᴴ ∂U and Vᴴ ∂V,
 where the first quotient is absent for i = j. This form never subtracts squares. Singular values alone need none of it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """What `differentiate` needs."""
+    ctx.save_for_backward(*output)
+    ctx.set_materialize_grads(False)  # zeros would meet 1/(s_j − s_i) at repeated values
+
+
+def differentiate(ctx: Any, dU: Tensor | None, dS: Tensor | None, dVh: Tensor | None) -> Tensor:
+    """`backward` as autograd calls it."""
+    U, S, Vh = ctx.saved_tensors
+    with torch.autocast(U.device.type, enabled=False):
+        return backward(U, S, Vh, dU, dS, dVh)
 
 
 def backward(U: Tensor, S: Tensor, Vh: Tensor, dU: Tensor | None, dS: Tensor | None, dVh: Tensor | None) -> Tensor:
