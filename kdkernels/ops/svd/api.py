@@ -42,10 +42,24 @@ def svd(A: Tensor, full_matrices: bool = True, *, driver: str | None = None, bac
         U (..., rows, k) and Vh (..., k, cols). A matrix with a NaN or an infinity gives NaN; the others of the batch
         are right.
 
-    Gradients: of functions that do not depend on the free signs (phases, if complex) of the vectors. Where singular
-    values are equal the single vectors are not determined and functions of them have no gradient: it is infinite or NaN
-    there, as in torch, and large near there. Functions of S alone, such as a sum, have one everywhere. The gradient of
-    the part of U or V that belongs to a singular value of 0 does not exist either.
+    Gradients: of functions that do not depend on the free choice of the vectors: of signs (phases, if complex) and,
+    where singular values are equal, of bases. What is beyond k has none. Two values count as equal where they differ by
+    at most √ε of their sum. Where some do, the gradient is finite, and right for a function
+
+    - of S alone, symmetric in the equal values (norms, log-determinants),
+    - of the spaces that belong to all equal values together (projectors, the polar factor U Vh),
+    - of U diag(g(S)) Vh, U diag(g(S)) Uᴴ or the same of V, with one smooth g, such as A itself or its leading part,
+
+    and for one of the first kind plus one of the others. The outputs' gradients do not determine more: g′/g is the
+    slope of ∂S over the diagonal of Uᴴ ∂U and V ∂Vᴴ (their mean). If all of that diagonal is equal, the function is
+    taken to have no part of S alone; if it is 0, g(S) is taken to be S. For sums with several g, or of a projector and
+    such a function, the part between equal values is wrong; single vectors of equal values have no gradient, and what
+    comes out for them means nothing.
+
+    What cannot be told at values of exactly 0 comes out as 0: of U diag(S) Vh all between two such values but the
+    diagonal; of one such value the imaginary part and, if A is not square, what lies outside the k columns of U or V.
+    Second derivatives through the vectors need values that are not equal. torch.func, torch.jit.trace and forward mode
+    have torch's own derivatives, without this rule.
 
     Raises:
         TypeError: A is no tensor of one of these dtypes, or full_matrices no bool.
@@ -78,8 +92,8 @@ def svdvals(A: Tensor, *, driver: str | None = None, backend: str = "auto") -> T
     """The singular values of a batch of small matrices, descending: (..., rows, cols) -> (..., min(rows, cols)).
 
     Called as `torch.linalg.svdvals`; arguments, errors and NaN as in `svd`. The gradient is U diag(∂S) Vᴴ: at repeated
-    values it is right for symmetric functions, such as sums. A second derivative exists where no two values are equal;
-    it is NaN or infinite elsewhere.
+    values it is right for symmetric functions, such as sums, and so is the second derivative, by the rule of `svd`.
+    (The reference has torch's second derivative: NaN or infinite there.)
     """
     chosen = _prepare("svdvals", A, backend, driver)
     if chosen.backend == "reference":
