@@ -75,14 +75,14 @@ class Operator:
                         result += [g for g, wanted in zip(members, need, strict=True) if wanted]
                 return tuple(result)
 
-        self.plain = Plain
+        self.plain = super(torch.autograd.Function, Plain).apply  # without a look for what torch.func left behind
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's visible results."""
         return self.route(flattened(arguments))(*arguments)
 
     def route(self, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
-        """What a call on such tensors runs. It depends on what a plan is found by, so a plan may keep it."""
+        """What a call on such tensors runs, those alone decide. It follows from what plans are found by: they keep it."""
         if watched(tensors):
             return self._by_library
         return self._by_autograd if self.plain is not None and differentiated(tensors) else self._directly
@@ -99,7 +99,7 @@ class Operator:
 
     def _by_autograd(self, *arguments: Any) -> Any:
         needs, leaves = wanted(arguments)
-        return self.plain.apply(arguments, needs, *leaves)
+        return self.plain(arguments, needs, *leaves)
 
     def _directly(self, *arguments: Any) -> Any:
         return self._handed(arguments, self.function(*arguments))
@@ -133,7 +133,7 @@ def flattened(arguments: Iterable[Any]) -> list[Tensor | None]:
 
 def holds_tensors(x: Any) -> bool:
     """Whether it is a list that begins with a tensor, or with one that is absent."""
-    return isinstance(x, list) and len(x) > 0 and (x[0] is None or isinstance(x[0], Tensor))
+    return type(x) is list and bool(x) and (x[0] is None or isinstance(x[0], Tensor))
 
 
 def present(arguments: Sequence[Any]) -> list[Any]:
@@ -158,7 +158,7 @@ def wanted(arguments: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
                 leaves.append(x)
         elif holds_tensors(x):
             needs.append([y is not None and y.requires_grad for y in x])
-            leaves += [y for y in x if y is not None and y.requires_grad]
+            leaves += [y for y, need in zip(x, needs[-1], strict=True) if need]
         else:
             needs.append(None)
     return needs, leaves
@@ -189,7 +189,4 @@ def watched(tensors: Iterable[Tensor | None]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
     ):
         return True
-    for x in tensors:
-        if x is not None and (type(x) not in PLAIN or not torch._C._has_storage(x)):
-            return True
-    return False
+    return any(x is not None and (type(x) not in PLAIN or not torch._C._has_storage(x)) for x in tensors)

@@ -52,7 +52,7 @@ def kind(x: Any) -> Any:
 
 
 def undisturbed() -> bool:
-    """Whether no compiler, transform, mode, tracer or forward derivative is at work, which a decision would depend on."""
+    """Whether no compiler, transform, mode, tracer or forward derivative is at work: decisions depend on them."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

@@ -174,6 +174,7 @@ def one(operands: dict[str, Any], index: int | None) -> System:
 
     dtype, shapes = PLANS.find(tensors, (), decide)
     same = (
-        x if x.dtype is dtype and x.shape == shape else x.to(dtype).expand(shape) for x, shape in zip(tensors, shapes)
+        x if x.dtype is dtype and x.shape == shape else x.to(dtype).expand(shape)
+        for x, shape in zip(tensors, shapes, strict=True)
     )
     return System(*same)

@@ -121,8 +121,9 @@ def _run(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence
     if plan.leading is not None:
         tensors[0] = input.reshape(prod(plan.leading), input.shape[-1])
     states = draw_states(len(layers), input.device) if plan.drops else None
+    outputs: Sequence[Tensor]
     if plan.backend.backend == "reference":
-        outputs = _by_reference(tensors[0], layers, states)
+        outputs = _by_reference(tensors[0], layers, states)  # type: ignore[arg-type]
     else:
         outputs = plan.run(tensors, [float(x) for x in numbers], states, plan.backend.backend)
     return outputs if plan.leading is None else tuple(y.reshape(*plan.leading, y.shape[-1]) for y in outputs)

@@ -28,8 +28,8 @@ def pack(input: Tensor, layers: Iterable[LoRA]) -> tuple[list[Tensor | None], li
     tensors: list[Tensor | None] = [input]
     numbers: list[float] = []
     for layer in layers:
-        tensors += layer[:TENSORS]
-        numbers += layer[TENSORS:]
+        tensors += layer[:TENSORS]  # type: ignore[arg-type]
+        numbers += layer[TENSORS:]  # type: ignore[arg-type]
     return tensors, numbers
 
 

@@ -36,8 +36,10 @@ def forward(
 
 
 def _vendor_multiplies(tensors: Maybe) -> bool:
-    (N, d_in), dtype = tensors[0].shape, tensors[0].dtype  # type: ignore[union-attr]
-    return vendor_multiplies(dtype, N * d_in * max(W.shape[0] for W, *_ in by_layer(tensors)))
+    """The first layer decides for its siblings."""
+    x, W, *_ = tensors
+    assert x is not None and W is not None
+    return vendor_multiplies(x.dtype, x.numel() * W.shape[0])
 
 
 def _product(input: Tensor, layer: LoRA, out: Tensor) -> Tensor:
@@ -81,7 +83,8 @@ def backward(
     assert input is not None
     base_done = _vendor_multiplies(tensors)
     if base_done:
-        for k, (dY, (weight, *_), (dW, *_)) in enumerate(zip(grad_outputs, by_layer(tensors), by_layer(grads))):
+        layers = zip(grad_outputs, by_layer(tensors), by_layer(grads), strict=True)
+        for k, (dY, (weight, *_), (dW, *_)) in enumerate(layers):
             if (dX := grads[0]) is not None:
                 torch.addmm(dX, dY, weight, beta=int(k > 0), out=dX)
             if dW is not None:

@@ -112,26 +112,26 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     flags = getattr(ctx, "needs", None)
     kept, ctx.layouts = tensors, {}
     if flags is not None:
-        read = _read_by_backward(tuple(flags[0]))
-        kept = [x if i in read else None for i, x in enumerate(tensors)]
-        # of what is not read backward knows the shape; that of a bias only for its gradient
-        ctx.layouts = {
-            i: (x.shape, x.dtype, x.device)
-            for i, x in enumerate(tensors)
-            if i not in read and x is not None and (i % TENSORS or not i or flags[0][i])
-        }
+        read, unread = _read_by_backward(tuple(flags[0]))
+        kept = [x if one else None for x, one in zip(tensors, read, strict=True)]
+        ctx.layouts = {i: (x.shape, x.dtype, x.device) for i in unread if (x := tensors[i]) is not None}
     ctx.save_for_backward(*kept, *output[len(output) // 2 :], states)
     ctx.set_materialize_grads(False)
 
 
 @cache
-def _read_by_backward(needs: tuple[bool, ...]) -> frozenset[int]:
-    """The places of the tensors that backward reads for the gradients in `needs`; it never reads a bias."""
+def _read_by_backward(needs: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+    """Whether backward reads each tensor for the gradients in `needs`, and the places of those it wants the shape of.
+
+    It never reads a bias, and wants its shape only for its gradient.
+    """
     dX, layers = needs[0], by_layer(needs)
     read = [any(dW or dA for dW, dA, *_ in layers)]
     for _, dA, *_ in layers:
         read += (dX, dX, dX or dA, False)
-    return frozenset(i for i, one in enumerate(read) if one)
+    is_bias = [i > 0 and i % TENSORS == 0 for i in range(len(read))]
+    unread = (i for i, one in enumerate(read) if not one and (needs[i] or not is_bias[i]))
+    return tuple(read), tuple(unread)
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -147,14 +147,17 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     used = [k for k, g in enumerate(grads) if g is not None]
     if not used:
         return None, None, None, None
-    places = range(ctx.count)
+    places = list(range(ctx.count))
     if len(used) < len(grads):
         places = [0, *(1 + TENSORS * k + i for k in used for i in range(TENSORS))]
         tensors, wanted = [tensors[i] for i in places], [wanted[i] for i in places]
         projected, states = [projected[k] for k in used], None if states is None else states[used]
         numbers = [numbers[NUMBERS * k + i] for k in used for i in range(NUMBERS)]
     used_grads = [g for g in grads if g is not None]
-    found = lora_linear_backward(used_grads, list(projected), tensors, numbers, states, wanted, ctx.backend)
+    # nothing but what arrives can be watched here, unless this is to be differentiated again
+    decisive = [*used_grads, *tensors] if torch.is_grad_enabled() else used_grads
+    run = lora_linear_backward.route(decisive)
+    found = run(used_grads, list(projected), tensors, numbers, states, wanted, ctx.backend)
     result: list[Tensor | None] = [None] * ctx.count
     for place, grad, need in zip(places, found, wanted, strict=True):
         if need:

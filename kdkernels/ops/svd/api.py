@@ -1,8 +1,9 @@
 """`svd` and `svdvals`: the documented functions, their checks and their choice of implementation."""
 
+from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch import Tensor
 from kdkernels import backend as backends
 from kdkernels.contract import Contract
 from kdkernels.ops.svd import native, reference, schema
+from kdkernels.plans import Plans
 
 CONTRACT = Contract(backends.REAL_OR_COMPLEX, A="... rows cols")
+PLANS = Plans()
 
 
 class SVD(NamedTuple):
@@ -66,15 +69,16 @@ def svd(A: Tensor, full_matrices: bool = True, *, driver: str | None = None, bac
         ValueError: A has fewer than two dimensions, or the backend cannot serve.
         RuntimeError: torch's, of a driver that it does not have here.
     """
-    chosen = _prepare("svd", A, backend, driver)
+    plan = _prepare("svd", A, backend, driver)
     if not isinstance(full_matrices, bool):
         raise TypeError(f"full_matrices is {type(full_matrices).__name__}, but must be a bool")
-    if chosen.backend == "reference":
+    if plan.backend.backend == "reference":
         U, S, Vh = reference.svd(A, driver)
+    elif plan.leading is None:
+        U, S, Vh = plan.run(A)
     else:
-        leading, (rows, cols) = A.shape[:-2], A.shape[-2:]
-        U, S, Vh = (x.reshape(*leading, *x.shape[1:]) for x in schema.svd(A.reshape(prod(leading), rows, cols)))
-    if full_matrices:
+        U, S, Vh = (x.reshape(*plan.leading, *x.shape[1:]) for x in plan.run(_flat(A, plan)))
+    if full_matrices and A.shape[-2] != A.shape[-1]:
         U, Vh = complete(U), complete(Vh.mH).mH.resolve_conj()
     return SVD(U, S, Vh)
 
@@ -95,26 +99,40 @@ def svdvals(A: Tensor, *, driver: str | None = None, backend: str = "auto") -> T
     values it is right for symmetric functions, such as sums, and so is the second derivative, by the rule of `svd`.
     (The reference has torch's second derivative: NaN or infinite there.)
     """
-    chosen = _prepare("svdvals", A, backend, driver)
-    if chosen.backend == "reference":
+    plan = _prepare("svdvals", A, backend, driver)
+    if plan.backend.backend == "reference":
         return reference.svdvals(A, driver)
-    leading, (rows, cols) = A.shape[:-2], A.shape[-2:]
-    batch = A.reshape(prod(leading), rows, cols)
-    differentiable = torch.is_grad_enabled() and A.requires_grad
-    S = schema.svd(batch)[1] if differentiable else schema.svdvals(batch)
-    return S.reshape(*leading, S.shape[-1])
+    S = plan.run(A if plan.leading is None else _flat(A, plan))
+    S = S[1] if isinstance(S, tuple) else S
+    return S if plan.leading is None else S.reshape(*plan.leading, S.shape[-1])
 
 
-def _prepare(op: str, A: Tensor, backend: str, driver: str | None) -> backends.Implementation:
-    CONTRACT.bind({"A": A})
-    if driver is not None and backend == "auto":
-        backend = "reference"
-    chosen = backends.choose(op, backend, A.device.type, (A.dtype,))
-    if chosen.backend != "reference":
-        if driver is not None:
-            raise ValueError(f"driver is {driver!r}, which is torch's: backend must be 'auto' or 'reference'")
-        backends.refuse_tangents(op, (A,))
-    return chosen
+class _Plan(NamedTuple):
+    """What is decided of a call."""
+
+    backend: backends.Implementation
+    run: Callable[[Tensor], Any]  # of the operator, in the way that such a tensor needs; where it has a gradient, svd's
+    leading: tuple[int, ...] | None  # unless there is one leading dimension
+
+
+def _prepare(op: str, A: Tensor, backend: str, driver: str | None) -> _Plan:
+    def decide() -> _Plan:
+        CONTRACT.bind({"A": A})
+        wanted = "reference" if driver is not None and backend == "auto" else backend
+        chosen = backends.choose(op, wanted, A.device.type, (A.dtype,))
+        if chosen.backend != "reference":
+            if driver is not None:
+                raise ValueError(f"driver is {driver!r}, which is torch's: backend must be 'auto' or 'reference'")
+            backends.refuse_tangents(op, (A,))
+        vectors = op == "svd" or (torch.is_grad_enabled() and A.requires_grad)
+        operator = schema.svd if vectors else schema.svdvals
+        return _Plan(chosen, operator.route((A,)), None if A.dim() == 3 else A.shape[:-2])
+
+    return PLANS.find((A,), (op, backend, driver, backends.default(), torch.is_grad_enabled()), decide)
+
+
+def _flat(A: Tensor, plan: _Plan) -> Tensor:
+    return A.reshape(prod(plan.leading or ()), *A.shape[-2:])
 
 
 def jacobi_flops(rows: int, cols: int, vectors: bool) -> int:
@@ -126,7 +144,7 @@ def jacobi_flops(rows: int, cols: int, vectors: bool) -> int:
 
 
 def _explain(op: str, A: Tensor, backend: str, driver: str | None, full_matrices: bool = False) -> backends.Explanation:
-    chosen = _prepare(op, A, backend, driver)
+    chosen = _prepare(op, A, backend, driver).backend
     rows, cols = max(A.shape[-2:]), min(A.shape[-2:])
     N, size = prod(A.shape[:-2]), A.element_size()
     vectors = op == "svd"

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.library import watched
+
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """What `differentiate` needs."""
@@ -49,9 +51,9 @@ def backward(U: Tensor, S: Tensor, Vh: Tensor, dU: Tensor | None, dS: Tensor | N
     alike = (other - own).abs() <= torch.finfo(S.dtype).eps ** 0.5 * (other + own)  # i = j among them
     inner = torch.where(alike, 0, total / torch.where(alike, 1, other - own)) + quotient(difference, other + own)
     if dS is not None:
-        diagonal = torch.eye(S.shape[-1], dtype=torch.bool, device=S.device)
-        slope_P = limit(half_sum(inner_U, inner_V, 1), S, dS, alike)
-        inner = inner + torch.where(alike & ~diagonal, slope_P, 0)
+        pairs = alike & ~torch.eye(S.shape[-1], dtype=torch.bool, device=S.device)
+        if watched((S,)) or S.device.type != "cpu" or pairs.any():  # on a device the question would cost more
+            inner = inner + torch.where(pairs, limit(half_sum(inner_U, inner_V, 1), S, dS, alike), 0)
         inner = inner + torch.diag_embed(dS).to(inner.dtype)
     grad = U @ inner @ Vh
     if dU is not None and U.shape[-2] > U.shape[-1]:
