@@ -159,11 +159,12 @@ class Cost:
     flops: int
     bytes: int
     why_not: str | None = None
+    rate: int = 1  # of its arithmetic, as a multiple of float32's
 
     @property
     def weight(self) -> float:
         """Comparable cost, in FLOP equivalents."""
-        return self.flops + FLOPS_PER_BYTE * self.bytes
+        return self.flops / self.rate + FLOPS_PER_BYTE * self.bytes
 
 
 @dataclass(frozen=True)

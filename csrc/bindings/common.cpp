@@ -153,6 +153,9 @@ void bind_common(py::module_& m) {
         return "other";
       },
       "Who made the processor: intel, amd or other.");
+  m.def(
+      "bf16_rate", [] { return current_isa().bf16_rate; },
+      "How many times faster bfloat16 numbers are multiplied than float32's, by the instruction set in use.");
   m.def("select_isa", &select_isa, py::arg("name"), "Use this instruction set from now on.");
 }
 

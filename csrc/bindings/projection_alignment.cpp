@@ -109,7 +109,8 @@ void bind_projection_alignment(py::module_& m) {
          const View& total, const std::string& metric, const std::string& accumulate, int threads, const View& factor,
          const View& teacher_tails, bool tails_known, const View& teacher_heads, bool heads_known) {
         check_threads(threads);
-        const Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
+        Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
+        p.bf16 = current_isa().bf16;
         const Grams grams =
             factor ? make_grams(p, factor, teacher_tails, tails_known, teacher_heads, heads_known) : Grams{};
         const auto& kernels = *current_isa().projection_alignment;
