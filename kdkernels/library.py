@@ -82,7 +82,7 @@ class Operator:
         return self.route(flattened(arguments))(*arguments)
 
     def route(self, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
-        """What a call on such tensors runs, those alone decide. It follows from what plans are found by: they keep it."""
+        """What a call on such tensors runs. It follows from what plans are found by, so plans keep it."""
         if watched(tensors):
             return self._by_library
         return self._by_autograd if self.plain is not None and differentiated(tensors) else self._directly

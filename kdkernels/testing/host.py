@@ -123,7 +123,7 @@ def truncation(Lambda: Tensor, B: Tensor, C: Tensor, r: int) -> tuple[Tensor, ..
 
 def block_hankel_svd(markov: Tensor, r: int) -> tuple[Tensor, ...]:
     """H formed and decomposed."""
-    N, T, p, m = markov.shape
+    N, T, p, _ = markov.shape
     L = (T + 1) // 2
     H = markov.unfold(1, T - L + 1, 1).permute(0, 1, 2, 4, 3).reshape(N, L * p, -1)
     U, S, Vh = torch.linalg.svd(H, full_matrices=False)

@@ -113,7 +113,7 @@ def _plainly_good(kappa: Tensor, energy: Tensor) -> bool:
     if energy.device.type != "cpu" or watched((kappa, energy)) or not kappa.numel():
         return False
     own = kappa.detach().diagonal(0, -2, -1).real
-    return isfinite(energy.detach().sum().item()) and 0 < own.min().item() and isfinite(own.max().item())
+    return isfinite(energy.detach().sum().item()) and own.min().item() > 0 and isfinite(own.max().item())
 
 
 def isolate(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:

@@ -51,7 +51,7 @@ def hankel_singular_values_backward(
 def _(
     grad: Tensor, Lambda: Tensor, B: Tensor, C: Tensor, T: Tensor, W: Tensor, horizon: int, needs: Sequence[bool]
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) if need else None for x, need in zip((Lambda, B, C), needs, strict=True)]  # type: ignore[misc]
+    return [x.new_empty(*x.shape) if need else None for x, need in zip((Lambda, B, C), needs, strict=True)]  # type: ignore[misc]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -88,7 +88,7 @@ def _room(tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _gradient_room(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
-    return [x.new_empty(x.shape) if x is not None and need else None for x, need in zip(tensors, needs, strict=True)]
+    return [x.new_empty(*x.shape) if x is not None and need else None for x, need in zip(tensors, needs, strict=True)]
 
 
 def _read(tensors: Tensors) -> list[Tensor | None]:

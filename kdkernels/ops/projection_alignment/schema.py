@@ -90,7 +90,7 @@ def _implementation(backend: str) -> Any:
 
 def _gradient_room(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     """Room for each gradient that is needed, contiguous whatever the strides of its operand."""
-    return [x.new_empty(x.shape) if x is not None and need else None for x, need in zip(operands, needs, strict=True)]
+    return [x.new_empty(*x.shape) if x is not None and need else None for x, need in zip(operands, needs, strict=True)]
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
