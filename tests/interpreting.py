@@ -40,17 +40,31 @@ def interpreted_module(name: str) -> Iterator[ModuleType]:
             scope.set_attr(part, name, function)
         return scope
 
-    spec = find_spec(name)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch, triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
+        kernels = f"{name.rpartition('.')[0]}.kernels"  # some operators have them in a file of their own
+        if find_spec(kernels) is not None:
+            with pytest.MonkeyPatch.context() as while_importing:
+                again = _again(kernels)
+                while_importing.setitem(sys.modules, kernels, again)
+                while_importing.setattr(sys.modules[kernels.rpartition(".")[0]], "kernels", again, raising=False)
+                module = _again(name)
+        else:
+            module = _again(name)
         patch.setattr(interpreter, "_patch_lang", patch_whole_language)
         patch.setattr(
             interpreter.InterpretedFunction, "__call__", lambda self, *x, **named: self.rewrite()(*x, **named)
         )
         yield module
+
+
+def _again(name: str) -> ModuleType:
+    """A module's file, executed once more."""
+    spec = find_spec(name)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def put_in_place(module: ModuleType, patch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,9 @@
     dX = Σ dY W + mask ⊙ dS A / (1 − p)
                      `lora_linear_expand_kernel`    a pass over cuBLAS's Σ dY W, for all siblings
 
+Sums that many programs share end in `lora_linear_sum_kernel`, one launch for all that are known by then. What kernels
+write is contiguous, as small operands are; so strides are those of activations and weights alone.
+
 Masks are drawn in the kernels (kdkernels.philox), from states that stay on the device: nothing waits for it. Sums are
 float32, in an order that depends on the shapes alone, without atomics: sums over points are first of chunks, then of
 the chunks' results.
@@ -23,21 +26,21 @@ eager rounds them to. AMD's matrix units multiply float32 as it is.
 # mypy: allow-untyped-defs
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import is_hip
 
+from kdkernels.launch import cdiv, power_of_2, undisturbed
+from kdkernels.ops.lora_linear import kernels
 from kdkernels.philox import threshold
 
-MAX_RANK = 64  # columns of adapters whose sums one program holds; more are cut
+MAX_RANK = 64  # columns of adapters whose sums one program holds; more are more programs
 RANK_STEP = 32  # columns of S that meet B, or of dS that meet A, at a time
-MAX_SIBLINGS = 4  # that one kernel serves
 LOSS = 0.5  # of Triton's matmul against cuBLAS's, as a share of its time
 PROGRAMS = 512  # enough to fill a large GPU: sums over points are cut until there are as many
+SUM = (16, 128)  # summands and columns at a time
 
 
 @dataclass(frozen=True)
@@ -58,201 +61,20 @@ EXPAND = {"ieee": Tile(32, 64, 4, 2), "tf32": Tile(64, 64, 4, 2)}
 FUSED = {"ieee": Tile(64, 64, 4, 2), "tf32": Tile(64, 128, 4, 3)}
 
 
-# The interpreter multiplies the bits of bfloat16 as integers.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+class Mask(NamedTuple):
+    """What a kernel does to what one sibling reads: dropout, with its scale, or a scale alone."""
 
-
-@triton.jit
-def _tile(ptr, rows, cols, stride_row, stride_col, row_count, col_count):
-    """A tile of a matrix with any strides; zeros beyond its edges."""
-    offsets = (rows.to(tl.int64) * stride_row)[:, None] + (cols.to(tl.int64) * stride_col)[None, :]
-    return tl.load(ptr + offsets, mask=(rows < row_count)[:, None] & (cols < col_count)[None, :], other=0.0)
-
-
-@triton.jit
-def _put(ptr, rows, cols, stride_row, stride_col, row_count, col_count, x):
-    """Write a tile of a matrix, but nothing beyond its edges."""
-    offsets = (rows.to(tl.int64) * stride_row)[:, None] + (cols.to(tl.int64) * stride_col)[None, :]
-    mask = (rows < row_count)[:, None] & (cols < col_count)[None, :]
-    tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a b, in float32."""
-    if a.dtype != b.dtype or a.dtype == tl.float32 or _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee" if is_hip() else PRECISION)
-
-
-@triton.jit
-def _masked(x, state_ptr, threshold, rows, first_col):
-    """mask ⊙ x for a tile, by kdkernels.philox.keep_mask: four words a block of columns, each used once."""
-    if state_ptr is not None:
-        seed, offset = tl.load(state_ptr), tl.load(state_ptr + 1)
-        block = (first_col // 4 + tl.arange(0, x.shape[1] // 4)).to(tl.uint32)[None, :]
-        low, high = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox(seed, block, rows.to(tl.uint32)[:, None], low, high)
-        least = tl.full((1, 1), threshold, tl.uint32)
-        keep = tl.interleave(tl.interleave(w0 >= least, w2 >= least), tl.interleave(w1 >= least, w3 >= least))
-        x = tl.where(keep, x, 0.0)
-    return x
-
-
-@triton.jit
-def lora_linear_project_kernel(
-    x_ptr,  # (N, D), any strides
-    m_ptrs,  # of each part: (r, D), any strides
-    out_ptrs,  # (N, r) float32
-    state_ptrs, thresholds,  # its mask, or None
-    scales,
-    N, stride_xn, stride_xd, M_STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr,
-    D: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out = scale (mask ⊙ x) mᵀ for every part; a program takes BLOCK_N points."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = tl.arange(0, BLOCK_R)
-    totals: tl.tuple = ()
-    for _ in tl.static_range(len(m_ptrs)):
-        totals += (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
-    for start in range(0, D, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        x = _tile(x_ptr, rows, cols, stride_xn, stride_xd, N, D)
-        sums: tl.tuple = ()
-        for k in tl.static_range(len(m_ptrs)):
-            kept = _masked(x, state_ptrs[k], thresholds[k], rows, start)
-            m = _tile(m_ptrs[k], cols, ranks, M_STRIDES[k][1], M_STRIDES[k][0], D, RANKS[k])
-            sums += (_dot(kept, m, totals[k], PRECISION),)
-        totals = sums
-    for k in tl.static_range(len(m_ptrs)):
-        _put(out_ptrs[k], rows, ranks, OUT_STRIDES[k][0], 1, N, RANKS[k], totals[k] * scales[k])
-
-
-@triton.jit
-def lora_linear_reduce_kernel(
-    x_ptr,  # (N, D), any strides
-    m_ptrs,  # of each part: (N, r) float32
-    out_ptrs,  # (chunks, r, D), any strides
-    state_ptrs, thresholds,  # its mask, or None
-    scales,
-    N, stride_xn, stride_xd, M_STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr,
-    D: tl.constexpr, RANKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out = scale mᵀ (mask ⊙ x) over each chunk of STEPS · BLOCK_N points; a program takes BLOCK_D columns of one."""
-    chunk = tl.program_id(0).to(tl.int64)
-    first_col = tl.program_id(1) * BLOCK_D
-    cols = first_col + tl.arange(0, BLOCK_D)
-    ranks = tl.arange(0, BLOCK_R)
-    totals: tl.tuple = ()
-    for _ in tl.static_range(len(m_ptrs)):
-        totals += (tl.zeros((BLOCK_R, BLOCK_D), tl.float32),)
-    for step in range(STEPS):
-        rows = (chunk * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
-        x = _tile(x_ptr, rows, cols, stride_xn, stride_xd, N, D)
-        sums: tl.tuple = ()
-        for k in tl.static_range(len(m_ptrs)):
-            kept = _masked(x, state_ptrs[k], thresholds[k], rows, first_col)
-            m = _tile(m_ptrs[k], ranks, rows, 1, M_STRIDES[k][0], RANKS[k], N)
-            sums += (_dot(m, kept, totals[k], PRECISION),)
-        totals = sums
-    for k in tl.static_range(len(m_ptrs)):
-        out_ptr = out_ptrs[k] + chunk * OUT_STRIDES[k][0]
-        _put(out_ptr, ranks, cols, OUT_STRIDES[k][1], OUT_STRIDES[k][2], RANKS[k], D, totals[k] * scales[k])
-
-
-@triton.jit
-def lora_linear_adapter_kernel(
-    dy_ptr,  # (N, D), any strides
-    b_ptr,  # (D, r), any strides
-    s_ptr,  # (N, r) float32
-    ds_ptr,  # (bands, N, r) float32
-    db_ptr,  # (blocks of points, D, r)
-    scale,
-    N, stride_yn, stride_yd, B_STRIDES: tl.constexpr, S_STRIDE: tl.constexpr,
-    D: tl.constexpr, RANK: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
-    DS_PRECISION: tl.constexpr, DB_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """ds = scale dy b over each band of STEPS · BLOCK_D columns, db = scale dyᵀ s over each block of points."""
-    block, band = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = tl.arange(0, BLOCK_R)
-    s = _tile(s_ptr, rows, ranks, S_STRIDE, 1, N, RANK) * scale
-    ds = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for step in range(STEPS):
-        cols = (band * STEPS + step) * BLOCK_D + tl.arange(0, BLOCK_D)
-        dy = _tile(dy_ptr, rows, cols, stride_yn, stride_yd, N, D)
-        b = _tile(b_ptr, cols, ranks, B_STRIDES[0], B_STRIDES[1], D, RANK)
-        ds = _dot(dy, b, ds, DS_PRECISION)
-        db = _dot(tl.trans(dy), s, tl.zeros((BLOCK_D, BLOCK_R), tl.float32), DB_PRECISION)
-        _put(db_ptr + block * D * RANK, cols, ranks, RANK, 1, D, RANK, db)
-    _put(ds_ptr + band * N * RANK, rows, ranks, RANK, 1, N, RANK, ds * scale)
-
-
-@triton.jit
-def lora_linear_expand_kernel(
-    x_ptr,  # (N, K) to be multiplied by w; without w it is the base itself: (N, D). Any strides
-    w_ptr,  # (D, K), any strides, or None
-    bias_ptr,  # (D,) or None
-    p_ptrs, q_ptrs,  # of each sibling: (N, r) float32 and (r, D), any strides
-    out_ptr,  # (N, D), adjacent columns; may be the base
-    state_ptrs, thresholds,  # its mask, or None, as it is beside w
-    scales,
-    N, stride_xn, stride_xk, stride_wd, stride_wk, stride_bias, P_STRIDES: tl.constexpr, Q_STRIDES: tl.constexpr,
-    K: tl.constexpr, D: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out = x wᵀ + bias + Σ mask ⊙ (scale p q). Neighbours share their points, which stay in the cache as w does."""
-    bands = tl.cdiv(D, BLOCK_D)
-    rows = (tl.program_id(0) // bands).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_col = tl.program_id(0) % bands * BLOCK_D
-    cols = first_col + tl.arange(0, BLOCK_D)
-    if w_ptr is None:
-        total = _tile(x_ptr, rows, cols, stride_xn, stride_xk, N, D).to(tl.float32)
-    else:
-        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            x = _tile(x_ptr, rows, inner, stride_xn, stride_xk, N, K)
-            total = _dot(x, _tile(w_ptr, inner, cols, stride_wk, stride_wd, K, D), total, PRECISION)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + cols.to(tl.int64) * stride_bias, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(len(p_ptrs)):
-        added = tl.zeros((BLOCK_N, BLOCK_D), tl.float32) if w_ptr is None else total
-        for start in range(0, RANKS[k], BLOCK_R):
-            ranks = start + tl.arange(0, BLOCK_R)
-            p = _tile(p_ptrs[k], rows, ranks, P_STRIDES[k][0], 1, N, RANKS[k]) * scales[k]
-            q = _tile(q_ptrs[k], ranks, cols, Q_STRIDES[k][0], Q_STRIDES[k][1], RANKS[k], D)
-            added = _dot(p, q, added, PRECISION)
-        if w_ptr is None:
-            added = total + _masked(added, state_ptrs[k], thresholds[k], rows, first_col)
-        total = added
-    _put(out_ptr, rows, cols, D, 1, N, D, total)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One sibling, or at most MAX_RANK columns of its adapter: what a kernel reads and writes for it."""
-
-    matrix: Tensor
-    out: Tensor
+    place: int  # of its state among all siblings'; -1 without dropout
+    threshold: int
     scale: float
-    state: Tensor | None = None
-    threshold: int = 0
 
-    @classmethod
-    def dropping(cls, matrix: Tensor, out: Tensor, states: Tensor, k: int, p: float) -> "Part":
-        """Under the k-th mask."""
-        return cls(matrix, out, 1 / (1 - p), states[k], threshold(p)) if p > 0 else cls(matrix, out, 1.0)
 
-    def cut(self, axis: int) -> "Iterator[Part]":
-        """Parts of at most MAX_RANK ranks, which are `matrix`'s `axis` and the other axis of `out`."""
-        for start in range(0, self.matrix.shape[axis], MAX_RANK):
-            size = min(MAX_RANK, self.matrix.shape[axis] - start)
-            yield replace(
-                self, matrix=self.matrix.narrow(axis, start, size), out=self.out.narrow(1 - axis, start, size)
-            )
+def _mask(k: int, p: float) -> Mask:
+    return Mask(k, threshold(p), 1 / (1 - p)) if p > 0 else _scaled(1.0)
+
+
+def _scaled(scale: float) -> Mask:
+    return Mask(-1, 0, float(scale))
 
 
 def fuses(d_in: int, dtype: torch.dtype) -> bool:
@@ -280,17 +102,16 @@ def forward(
     projected: Sequence[Tensor],
 ) -> None:
     """Fill `outputs` with each Y (N, d_out) and `projected` with each S (N, r)."""
-    with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
-        K = range(len(weights))
-        _project(input, [Part.dropping(lora_A[k], projected[k], states, k, dropout_p[k]) for k in K])
+    with undisturbed(input):
+        _project(input, lora_A, projected, [_mask(k, p) for k, p in enumerate(dropout_p)], states, False)
         for sharing in _by_weight(weights):
             W = weights[sharing[0]]
             fused = len(sharing) == 1 and fuses(W.shape[1], input.dtype)
             # of those that share a product the last is finished in place
-            base = input if fused else torch.mm(input, W.T, out=outputs[sharing[-1]])
+            base = input if fused else torch.mm(input, W.t(), out=outputs[sharing[-1]])
             for k in sharing:
-                part = Part(lora_B[k].T, outputs[k], scalings[k])
-                _expand(base, W if fused else None, biases[k], [projected[k]], [part])
+                adapter = [projected[k]], [lora_B[k]], outputs[k], [_scaled(scalings[k])]
+                _expand(base, W if fused else None, biases[k], *adapter, None, True)
 
 
 def backward(
@@ -310,31 +131,65 @@ def backward(
     grad_B: Sequence[Tensor | None],
 ) -> None:
     """Fill each gradient that is not None."""
-    with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
-        dS: dict[int, Tensor] = {}  # of the siblings that need it
+    K = range(len(weights))
+    with undisturbed(input):
+        points: list[Tensor | None] = [
+            None if grad_input is None and grad_A[k] is None else torch.empty_like(projected[k]) for k in K
+        ]  # each dS
+        first, later = Sums(), Sums()  # what the next kernels read, and what nobody here does
         for k, dY in enumerate(grad_outputs):
-            if grad_input is not None or grad_A[k] is not None:
-                dS[k] = torch.empty_like(projected[k])
-            _adapter(dY, lora_B[k], projected[k], scalings[k], dS.get(k), grad_B[k])
+            _adapter(dY, lora_B[k], projected[k], scalings[k], points[k], grad_B[k], first, later)
             if (dW := grad_weights[k]) is not None:
-                torch.mm(dY.T, input, out=dW)
+                torch.mm(dY.t(), input, out=dW)
             if (db := grad_biases[k]) is not None:
                 torch.sum(dY, 0, out=db)
-        _reduce(
-            input,
-            [Part.dropping(dS[k], dA, states, k, dropout_p[k]) for k, dA in enumerate(grad_A) if dA is not None],
-        )
+        first.run()
+        masks = [_mask(k, p) for k, p in enumerate(dropout_p)]
+        trained = [k for k in K if grad_A[k] is not None]
+        dA, of_dA = [grad_A[k] for k in trained], [masks[k] for k in trained]
+        _reduce(input, [points[k] for k in trained], dA, of_dA, states, False, later)
+        later.run()
         if grad_input is not None:
             for i, sharing in enumerate(_by_weight(weights)):
                 dY = grad_outputs[sharing[0]]
                 for k in sharing[1:]:
                     dY = dY + grad_outputs[k]
                 W = weights[sharing[0]]
-                torch.addmm(grad_input, dY, W, beta=int(i > 0), out=grad_input)
-            parts = [Part.dropping(A, grad_input, states, k, dropout_p[k]) for k, A in enumerate(lora_A)]
-            for start in range(0, len(parts), MAX_SIBLINGS):
-                batch = slice(start, start + MAX_SIBLINGS)
-                _expand(grad_input, None, None, [dS[k] for k in range(len(parts))[batch]], parts[batch])
+                if i == 0:
+                    torch.mm(dY, W, out=grad_input)
+                else:
+                    torch.addmm(grad_input, dY, W, out=grad_input)
+            for batch in _batches(len(weights), kernels.MAX_SIBLINGS):
+                _expand(
+                    grad_input, None, None, points[batch], lora_A[batch], grad_input, masks[batch], states, False
+                )
+
+
+class Sums:
+    """Sums that programs of other kernels have left in parts, to be finished together."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def room(self, out: Tensor, count: int) -> Tensor:
+        """Room for `count` summands of a contiguous `out`: itself for one."""
+        if count == 1:
+            return out
+        parts = out.new_empty((count, *out.shape), dtype=torch.float32)
+        self.pairs.append((parts, out))
+        return parts
+
+    def run(self) -> None:
+        """Finish them."""
+        BLOCK_N, BLOCK_D = SUM
+        for batch in _batches(len(self.pairs), kernels.MAX_SUMS):
+            pairs = self.pairs[batch]
+            sizes, counts = [out.numel() for _, out in pairs], [len(x) for x, _ in pairs]
+            tensors = *_padded([x for x, _ in pairs], None, 8), *_padded([out for _, out in pairs], None, 8)
+            scalars = *_padded(counts, 0, 8), *_padded(sizes, 0, 8)
+            steps = power_of_2(cdiv(max(counts), BLOCK_N))
+            grid = (cdiv(max(sizes), BLOCK_D), len(pairs))
+            kernels.sum(grid, tensors, scalars, (), (len(pairs), steps, BLOCK_N, BLOCK_D), 4, 2)
 
 
 def _precision(*dtypes: torch.dtype) -> str:
@@ -345,77 +200,99 @@ def _precision(*dtypes: torch.dtype) -> str:
 
 def _by_weight(weights: Sequence[Tensor]) -> list[list[int]]:
     """The siblings that share a weight, by their places."""
+    if len(weights) == 1:
+        return [[0]]
     found: dict[object, list[int]] = {}
     for k, W in enumerate(weights):
         found.setdefault((W.data_ptr(), W.shape, W.stride()), []).append(k)
     return list(found.values())
 
 
-def _block_r(ranks: Sequence[int], most: int = MAX_RANK) -> int:
+def _batches(count: int, most: int) -> Iterator[slice]:
+    return (slice(start, start + most) for start in range(0, count, most))
+
+
+def _padded(values: Sequence[Any], filling: Any, count: int = kernels.MAX_SIBLINGS) -> list[Any]:
+    return [*values, *[filling] * (count - len(values))]
+
+
+def _flat(tensors: Sequence[Any]) -> list[Any]:
+    """Small operands, contiguous."""
+    return [x if x.is_contiguous() else x.contiguous() for x in tensors]
+
+
+def _block_r(rank: int, most: int = MAX_RANK) -> int:
     """A power of two that matrix units take."""
-    return min(most, max(16, triton.next_power_of_2(max(ranks))))
+    return min(most, max(16, power_of_2(rank)))
 
 
-def _batches(parts: Sequence[Part], axis: int) -> Iterator[tuple[list[Part], list[int], int]]:
-    """Parts that one launch takes, their ranks, and its BLOCK_R."""
-    pieces = [piece for part in parts for piece in part.cut(axis)]
-    ranks = [piece.matrix.shape[axis] for piece in pieces]
-    if pieces:
-        BLOCK_R = _block_r(ranks)
-        size = min(MAX_SIBLINGS, MAX_RANK // BLOCK_R)
-        for start in range(0, len(pieces), size):
-            yield pieces[start : start + size], ranks[start : start + size], BLOCK_R
+def _rank_batches(ranks: Sequence[int]) -> Iterator[tuple[slice, int, int]]:
+    """Siblings that one launch takes, its BLOCK_R, and how many of those the largest rank needs."""
+    if ranks:
+        BLOCK_R = _block_r(max(ranks))
+        for batch in _batches(len(ranks), min(kernels.MAX_SIBLINGS, MAX_RANK // BLOCK_R)):
+            yield batch, BLOCK_R, cdiv(max(ranks[batch]), BLOCK_R)
 
 
 def _steps(blocks: int, others: int) -> int:
     """How many of `blocks` one program takes, a power of two, where `others` programs stand beside each."""
     programs = max(1, PROGRAMS // max(1, others))
-    return max(1, triton.next_power_of_2(triton.cdiv(blocks, programs)))
+    return power_of_2(cdiv(blocks, programs))
 
 
-def _partial(out: Tensor, count: int) -> Tensor:
-    """Room for `count` summands of `out`: itself for one."""
-    return out[None] if count == 1 else out.new_empty((count, *out.shape), dtype=torch.float32)
-
-
-def _finish(outs: Sequence[Tensor], partial: Sequence[Tensor]) -> None:
-    for out, summands in zip(outs, partial, strict=True):
-        if len(summands) != 1:
-            out.copy_(summands.sum(0))
-
-
-def _project(x: Tensor, parts: Sequence[Part]) -> None:
-    """out = scale (mask ⊙ x) matrixᵀ for each part: (N, D), (r, D) -> (N, r)."""
+def _project(
+    x: Tensor,
+    matrices: Sequence[Any],
+    outs: Sequence[Any],
+    masks: Sequence[Mask],
+    states: Tensor | None,
+    transposed: bool,
+) -> None:
+    """out = scale (mask ⊙ x) matrixᵀ for each: (N, D), (r, D) or its transpose -> (N, r)."""
     N, D = x.shape
-    for batch, ranks, BLOCK_R in _batches(parts, 0):
-        precision = _precision(x.dtype, *(part.matrix.dtype for part in batch))
+    ranks = [out.shape[1] for out in outs]
+    for batch, BLOCK_R, pieces in _rank_batches(ranks):
+        m = _flat(matrices[batch])
+        precision = _precision(x.dtype, *(x.dtype for x in m))
         tile = PROJECT[precision]
-        matrices, outs, masks = _columns(batch)
-        lora_linear_project_kernel[(triton.cdiv(N, tile.BLOCK_N),)](
-            x, matrices, outs, *masks, N, *x.stride(), _strides(matrices), _strides(outs),
-            D=D, RANKS=tuple(ranks), BLOCK_R=BLOCK_R, PRECISION=precision, **vars(tile),
+        lead, scalars, constants = _siblings(N, ranks[batch], masks[batch], states)
+        kernels.project(
+            (cdiv(N, tile.BLOCK_N), pieces), (x, *_padded(m, None), *_padded(outs[batch], None), lead), scalars,
+            x.stride(), (*constants, D, transposed, BLOCK_R, precision, tile.BLOCK_N, tile.BLOCK_D),
+            tile.num_warps, tile.num_stages,
         )  # fmt: skip
 
 
-def _reduce(x: Tensor, parts: Sequence[Part]) -> None:
-    """out = scale matrixᵀ (mask ⊙ x) for each part: (N, D), (N, r) -> (r, D)."""
+def _reduce(
+    x: Tensor,
+    matrices: Sequence[Any],
+    outs: Sequence[Any],
+    masks: Sequence[Mask],
+    states: Tensor | None,
+    transposed: bool,
+    sums: Sums,
+) -> None:
+    """out = scale matrixᵀ (mask ⊙ x) for each: (N, D), (N, r) -> (r, D) or its transpose."""
     N, D = x.shape
-    for batch, ranks, BLOCK_R in _batches(parts, 1):
-        precision = _precision(*(part.out.dtype for part in batch))
+    ranks = [m.shape[1] for m in matrices]
+    for batch, BLOCK_R, pieces in _rank_batches(ranks):
+        precision = _precision(*(out.dtype for out in outs[batch]))
         tile = REDUCE[precision]
-        bands, blocks = triton.cdiv(D, tile.BLOCK_D), triton.cdiv(N, tile.BLOCK_N)
+        bands, blocks = cdiv(D, tile.BLOCK_D), cdiv(N, tile.BLOCK_N)
         steps = _steps(blocks, bands)
-        chunks = max(1, triton.cdiv(blocks, steps))
-        matrices, outs, masks = _columns(batch)
-        sums = tuple(_partial(out, chunks) for out in outs)
-        lora_linear_reduce_kernel[(chunks, bands)](
-            x, matrices, sums, *masks, N, *x.stride(), _strides(matrices), _strides(sums),
-            D=D, RANKS=tuple(ranks), STEPS=steps, BLOCK_R=BLOCK_R, PRECISION=precision, **vars(tile),
+        chunks = max(1, cdiv(blocks, steps))
+        parts = [sums.room(out, chunks) for out in outs[batch]]
+        lead, scalars, constants = _siblings(N, ranks[batch], masks[batch], states)
+        kernels.reduce(
+            (chunks, bands, pieces), (x, *_padded(_flat(matrices[batch]), None), *_padded(parts, None), lead), scalars,
+            x.stride(), (*constants, D, transposed, steps, BLOCK_R, precision, tile.BLOCK_N, tile.BLOCK_D),
+            tile.num_warps, tile.num_stages,
         )  # fmt: skip
-        _finish(outs, sums)
 
 
-def _adapter(dY: Tensor, B: Tensor, S: Tensor, scaling: float, dS: Tensor | None, dB: Tensor | None) -> None:
+def _adapter(
+    dY: Tensor, B: Tensor, S: Tensor, scaling: float, dS: Tensor | None, dB: Tensor | None, first: Sums, later: Sums
+) -> None:
     """dS = α dY B, dB = α dYᵀ S: whichever there is room for."""
     N, D = dY.shape
     r = B.shape[1]
@@ -426,45 +303,57 @@ def _adapter(dY: Tensor, B: Tensor, S: Tensor, scaling: float, dS: Tensor | None
     once = r <= MAX_RANK and 2 * 4 * r <= tile.BLOCK_N * dY.element_size()
     if dS is None or dB is None or not once:
         if dS is not None:
-            _project(dY, [Part(B.T, dS, scaling)])
+            _project(dY, [B], [dS], [_scaled(scaling)], None, True)
         if dB is not None:
-            _reduce(dY, [Part(S, dB.T, scaling)])
+            _reduce(dY, [S], [dB], [_scaled(scaling)], None, True, later)
         return
-    blocks, bands = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(D, tile.BLOCK_D)
+    blocks, bands = cdiv(N, tile.BLOCK_N), cdiv(D, tile.BLOCK_D)
     steps = _steps(bands, blocks)
-    bands = triton.cdiv(bands, steps)
-    dS_sums, dB_sums = _partial(dS, bands), _partial(dB, blocks)
-    lora_linear_adapter_kernel[(blocks, bands)](
-        dY, B, S, dS_sums, dB_sums, scaling, N, *dY.stride(), B.stride(), S.stride(0),
-        D=D, RANK=r, STEPS=steps, BLOCK_R=_block_r([r]),
-        DS_PRECISION=precision, DB_PRECISION=_precision(B.dtype), **vars(tile),
+    bands = cdiv(bands, steps)
+    kernels.adapter(
+        (blocks, bands), (dY, *_flat([B, S]), first.room(dS, bands), later.room(dB, blocks)), (N, float(scaling)),
+        dY.stride(), (D, r, steps, _block_r(r), precision, _precision(B.dtype), tile.BLOCK_N, tile.BLOCK_D),
+        tile.num_warps, tile.num_stages,
     )  # fmt: skip
-    _finish((dS, dB), (dS_sums, dB_sums))
 
 
 def _expand(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, points: Sequence[Tensor], parts: Sequence[Part]
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    points: Sequence[Any],
+    matrices: Sequence[Any],
+    out: Tensor,
+    masks: Sequence[Mask],
+    states: Tensor | None,
+    transposed: bool,
 ) -> None:
-    """out = x weightᵀ + bias + Σ mask ⊙ (scale points matrix), one out: (N, r), (r, D) -> (N, D)."""
-    matrices, (out, *_), masks = _columns(parts)
+    """out = x weightᵀ + bias + Σ mask ⊙ (scale points matrix): (N, r), (r, D) or its transpose -> (N, D)."""
     N, D = out.shape
     precision = _precision(x.dtype)
     tile = (EXPAND if weight is None else FUSED)[precision]
-    ranks = tuple(len(matrix) for matrix in matrices)
-    weight_strides = (0, 0) if weight is None else weight.stride()
-    lora_linear_expand_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(D, tile.BLOCK_D),)](
-        x, weight, bias, tuple(points), matrices, out, *masks,
-        N, *x.stride(), *weight_strides, 0 if bias is None else bias.stride(0), _strides(points), _strides(matrices),
-        K=x.shape[1], D=D, RANKS=ranks, BLOCK_R=_block_r(ranks, RANK_STEP), PRECISION=precision,
-        BLOCK_K=tile.BLOCK_D // 4, **vars(tile),
+    ranks = [p.shape[1] for p in points]
+    lead, scalars, constants = _siblings(N, ranks, masks, states)
+    operands = *_padded(_flat(points), None), *_padded(_flat(matrices), None)
+    kernels.expand(
+        (cdiv(N, tile.BLOCK_N) * cdiv(D, tile.BLOCK_D),),
+        (x, weight, None if bias is None else bias.contiguous(), *operands, out, lead), scalars,
+        (*x.stride(), *((0, 0) if weight is None else weight.stride())),
+        (
+            *constants, x.shape[1], D, transposed, _block_r(max(ranks), RANK_STEP), precision,
+            tile.BLOCK_N, tile.BLOCK_D, tile.BLOCK_D // 4,
+        ),
+        tile.num_warps, tile.num_stages,
     )  # fmt: skip
 
 
-def _columns(parts: Sequence[Part]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[tuple, tuple, tuple]]:
-    """Of each part: its matrix, its out, and (state, threshold, scale)."""
-    masks = tuple(p.state for p in parts), tuple(p.threshold for p in parts), tuple(p.scale for p in parts)
-    return tuple(p.matrix for p in parts), tuple(p.out for p in parts), masks
-
-
-def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(x.stride() for x in tensors)
+def _siblings(
+    N: int, ranks: Sequence[int], masks: Sequence[Mask], states: Tensor | None
+) -> tuple[Tensor | None, tuple[Any, ...], tuple[Any, ...]]:
+    """What kernels take of siblings beside their tensors: states, scalars and constants."""
+    K = len(masks)
+    places, thresholds, scales = zip(*masks, strict=True)
+    missing = kernels.MAX_SIBLINGS - K
+    scalars = (N, *thresholds, *(0,) * missing, *scales, *(0.0,) * missing)
+    constants = (K, *ranks, *(0,) * missing, *places, *(-1,) * missing)
+    return states if max(places) >= 0 else None, scalars, constants
