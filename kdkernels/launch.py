@@ -1,10 +1,10 @@
 """One way to launch Triton kernels. `kernel[grid](…)` binds, types and specialises every argument anew at each call.
 
 Triton specialises what it compiles: on a tensor's dtype and on its address being a multiple of 16, on an integer being
-1, a multiple of 16, or beyond 32 bits, on constants. A `Launcher` keeps compiled kernels by a key that is finer: dtypes,
-which addresses are no multiples of 16, strides and constants as they are. What else varies from call to call has a type
-of its own and is not specialised on. So equal keys mean equal kernels, whatever a version of Triton makes of them;
-what is not found is compiled by Triton's own binder.
+1, a multiple of 16, or beyond 32 bits, on constants. A `Launcher` keeps compiled kernels by a key that is finer: the
+dtypes, which addresses are no multiples of 16, strides and constants as they are. What else varies from call to call
+has a declared type and is not specialised on. So equal keys mean equal kernels, whatever a version of Triton makes of
+them; what is not found is compiled by Triton's own binder.
 
 What is found is started through `CompiledKernel.run`, which has been the same in `VERSIONS`. Elsewhere, for AMD, under
 the interpreter, and while a profiler hooks launches, it is `kernel[grid](…)` as ever.
@@ -60,7 +60,9 @@ class Launcher:
             arguments = (*tensors, *scalars, *strides, *constants)
             self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
             return
-        pointers, dtypes, misaligned = [], [], []
+        pointers: list[int | None] = []
+        dtypes: list[torch.dtype | None] = []
+        misaligned = []
         for x in tensors:
             if x is None:
                 pointers.append(None)
@@ -81,9 +83,9 @@ class Launcher:
                 self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
                 return
         run, function, metadata = found
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        size = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         stream = self._driver.get_current_stream(device)
-        run(x, y, z, stream, function, metadata, None, None, None, *pointers, *scalars, *strides, *constants)
+        run(*size, stream, function, metadata, None, None, None, *pointers, *scalars, *strides, *constants)
 
     def _adopt(self, active: Any) -> None:
         """Handles of kernels are their driver's."""

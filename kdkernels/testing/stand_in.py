@@ -1,4 +1,4 @@
-"""What a call costs the host where there is no GPU: Triton compiles and launches for real, into a driver that does nothing.
+"""What a call costs the host where there is no GPU: Triton compiles and launches for real, into a driver that is none.
 
 `libcuda.so.1` is replaced by thirty lines of C that count launches. Above it everything is what runs on a GPU: torch's
 allocations, our Python, Triton's launch path and its C launcher; pointers are those of CPU tensors, and nothing reads
@@ -150,16 +150,19 @@ def _made() -> tuple[Device, Any]:
 
 
 def triton_host_cost(step: Callable[[], Any], reps: int = 200) -> Cost:
-    """Median seconds of a step, after calls that compile, and how many Triton kernels each launches."""
+    """Median seconds of a step on this thread's processor, after calls that compile, and its launches of kernels.
+
+    Time in which another process has the processor does not count.
+    """
     with stand_in() as device:
         for _ in range(5):
             step()
         launches = device.during(step).total()
         times = []
         for _ in range(reps):
-            start = time.perf_counter()
+            start = time.thread_time()
             step()
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
     return Cost(median(times), launches)
 
 

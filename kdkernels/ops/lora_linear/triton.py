@@ -160,9 +160,7 @@ def backward(
                 else:
                     torch.addmm(grad_input, dY, W, out=grad_input)
             for batch in _batches(len(weights), kernels.MAX_SIBLINGS):
-                _expand(
-                    grad_input, None, None, points[batch], lora_A[batch], grad_input, masks[batch], states, False
-                )
+                _expand(grad_input, None, None, points[batch], lora_A[batch], grad_input, masks[batch], states, False)
 
 
 class Sums:
