@@ -23,7 +23,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-VERSIONS = ("3.6", "3.7")
+VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 MOST_KEPT = 1024  # by one launcher: strides that change at every call must not fill the memory
 
 

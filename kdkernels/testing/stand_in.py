@@ -1,6 +1,6 @@
 """What a call costs the host where there is no GPU: Triton compiles and launches for real, into a driver that is none.
 
-`libcuda.so.1` is replaced by thirty lines of C that count launches. Above it everything is what runs on a GPU: torch's
+`libcuda.so.1` is replaced by forty lines of C that count launches. Above it everything is what runs on a GPU: torch's
 allocations, our Python, Triton's launch path and its C launcher; pointers are those of CPU tensors, and nothing reads
 them. What is missing is the time of the true cuLaunchKernelEx, of cuBLAS's launches and of CUDA's allocator. Nothing is
 computed: outputs hold what their memory held. Matmuls and other torch operators do run, on the CPU: keep tensors small.
@@ -62,6 +62,10 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *contex
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) { *text = "stand-in"; return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *version) { *version = CUDA_VERSION; return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) { *status = 0; return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 """
@@ -77,10 +81,10 @@ class Cost(NamedTuple):
 class Device:
     """What was launched since the driver was put in place."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, folder: tempfile.TemporaryDirectory[str]) -> None:
         library.stand_in_name.restype = ctypes.c_char_p
         library.stand_in_launches.restype = ctypes.c_longlong
-        self._library = library
+        self._library, self.folder = library, folder
 
     def launched(self) -> Counter[tuple[int, str]]:
         """How often each compiled kernel was launched, by its handle (`CompiledKernel.function`) and its name."""
@@ -104,17 +108,20 @@ class Device:
 @contextmanager
 def stand_in() -> Iterator[Device]:
     """The driver in place of Triton's."""
+    from triton import knobs
     from triton.runtime import driver
 
     if torch.cuda.is_available():
         raise RuntimeError("there is a GPU: measure on it")
     active = driver._active
-    device, imaginary = _made()
-    driver.set_active(imaginary)
-    try:
-        yield device
-    finally:
-        driver._active = active
+    with knobs.nvidia.scope():
+        device, imaginary = _made()
+        knobs.nvidia.libcuda_path = device.folder.name  # Triton's launchers are linked when they are first needed
+        driver.set_active(imaginary)
+        try:
+            yield device
+        finally:
+            driver._active = active
 
 
 @cache
@@ -125,7 +132,8 @@ def _made() -> tuple[Device, Any]:
     from triton.backends.nvidia.driver import CudaDriver
 
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    folder = Path(tempfile.mkdtemp(prefix="kdkernels-stand-in-"))
+    temporary = tempfile.TemporaryDirectory(prefix="kdkernels-stand-in-")
+    folder = Path(temporary.name)
     (folder / "libcuda.c").write_text(SOURCE % MOST_FUNCTIONS)
     options = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
     subprocess.run(["gcc", *options, "-o", folder / "libcuda.so.1", folder / "libcuda.c"], check=True)
@@ -146,7 +154,7 @@ def _made() -> tuple[Device, Any]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", ARCHITECTURE, 32)
 
-    return Device(library), Imaginary()
+    return Device(library, temporary), Imaginary()
 
 
 def triton_host_cost(step: Callable[[], Any], reps: int = 200) -> Cost:
