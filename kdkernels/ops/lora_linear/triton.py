@@ -25,56 +25,30 @@ eager rounds them to. AMD's matrix units multiply float32 as it is.
 """
 # mypy: allow-untyped-defs
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels.launch import cdiv, power_of_2, undisturbed
 from kdkernels.ops.lora_linear import kernels
-from kdkernels.philox import threshold
+from kdkernels.ops.lora_linear.plan import (
+    ADAPTER,
+    MAX_RANK,
+    Mask,
+    adapter_plan,
+    batches,
+    dropping,
+    expand_plan,
+    project_plans,
+    reduce_plans,
+    scaled,
+)  # fmt: skip
 
-MAX_RANK = 64  # columns of adapters whose sums one program holds; more are more programs
-RANK_STEP = 32  # columns of S that meet B, or of dS that meet A, at a time
 LOSS = 0.5  # of Triton's matmul against cuBLAS's, as a share of its time
 PROGRAMS = 512  # enough to fill a large GPU: sums over points are cut until there are as many
 SUM = (16, 128)  # summands and columns at a time
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel cuts (points, features); a matmul cuts d_in four times as fine."""
-
-    BLOCK_N: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int
-
-
-# On NVIDIA "ieee" multiplies without matrix units, each operand in registers: smaller tiles.
-PROJECT = {"ieee": Tile(32, 32, 4, 2), "tf32": Tile(64, 64, 4, 3)}
-REDUCE = {"ieee": Tile(32, 64, 4, 2), "tf32": Tile(32, 128, 4, 3)}
-ADAPTER = {"ieee": Tile(128, 32, 8, 2), "tf32": Tile(128, 64, 8, 2)}
-EXPAND = {"ieee": Tile(32, 64, 4, 2), "tf32": Tile(64, 64, 4, 2)}
-FUSED = {"ieee": Tile(64, 64, 4, 2), "tf32": Tile(64, 128, 4, 3)}
-
-
-class Mask(NamedTuple):
-    """What a kernel does to what one sibling reads: dropout, with its scale, or a scale alone."""
-
-    place: int  # of its state among all siblings'; -1 without dropout
-    threshold: int
-    scale: float
-
-
-def _mask(k: int, p: float) -> Mask:
-    return Mask(k, threshold(p), 1 / (1 - p)) if p > 0 else _scaled(1.0)
-
-
-def _scaled(scale: float) -> Mask:
-    return Mask(-1, 0, float(scale))
 
 
 def fuses(d_in: int, dtype: torch.dtype) -> bool:
@@ -103,14 +77,14 @@ def forward(
 ) -> None:
     """Fill `outputs` with each Y (N, d_out) and `projected` with each S (N, r)."""
     with undisturbed(input):
-        _project(input, lora_A, projected, [_mask(k, p) for k, p in enumerate(dropout_p)], states, False)
+        _project(input, lora_A, projected, dropping(tuple(dropout_p)), states, False)
         for sharing in _by_weight(weights):
             W = weights[sharing[0]]
             fused = len(sharing) == 1 and fuses(W.shape[1], input.dtype)
             # of those that share a product the last is finished in place
             base = input if fused else torch.mm(input, W.t(), out=outputs[sharing[-1]])
             for k in sharing:
-                adapter = [projected[k]], [lora_B[k]], outputs[k], [_scaled(scalings[k])]
+                adapter = [projected[k]], [lora_B[k]], outputs[k], scaled(scalings[k])
                 _expand(base, W if fused else None, biases[k], *adapter, None, True)
 
 
@@ -144,9 +118,9 @@ def backward(
             if (db := grad_biases[k]) is not None:
                 torch.sum(dY, 0, out=db)
         first.run()
-        masks = [_mask(k, p) for k, p in enumerate(dropout_p)]
+        masks = dropping(tuple(dropout_p))
         trained = [k for k in K if grad_A[k] is not None]
-        dA, of_dA = [grad_A[k] for k in trained], [masks[k] for k in trained]
+        dA, of_dA = [grad_A[k] for k in trained], tuple([masks[k] for k in trained])
         _reduce(input, [points[k] for k in trained], dA, of_dA, states, False, later)
         later.run()
         if grad_input is not None:
@@ -159,7 +133,7 @@ def backward(
                     torch.mm(dY, W, out=grad_input)
                 else:
                     torch.addmm(grad_input, dY, W, out=grad_input)
-            for batch in _batches(len(weights), kernels.MAX_SIBLINGS):
+            for batch in batches(len(weights), kernels.MAX_SIBLINGS):
                 _expand(grad_input, None, None, points[batch], lora_A[batch], grad_input, masks[batch], states, False)
 
 
@@ -180,7 +154,7 @@ class Sums:
     def run(self) -> None:
         """Finish them."""
         BLOCK_N, BLOCK_D = SUM
-        for batch in _batches(len(self.pairs), kernels.MAX_SUMS):
+        for batch in batches(len(self.pairs), kernels.MAX_SUMS):
             pairs = self.pairs[batch]
             sizes, counts = [out.numel() for _, out in pairs], [len(x) for x, _ in pairs]
             tensors = *_padded([x for x, _ in pairs], None, 8), *_padded([out for _, out in pairs], None, 8)
@@ -206,10 +180,6 @@ def _by_weight(weights: Sequence[Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
-def _batches(count: int, most: int) -> Iterator[slice]:
-    return (slice(start, start + most) for start in range(0, count, most))
-
-
 def _padded(values: Sequence[Any], filling: Any, count: int = kernels.MAX_SIBLINGS) -> list[Any]:
     return [*values, *[filling] * (count - len(values))]
 
@@ -219,73 +189,42 @@ def _flat(tensors: Sequence[Any]) -> list[Any]:
     return [x if x.is_contiguous() else x.contiguous() for x in tensors]
 
 
-def _block_r(rank: int, most: int = MAX_RANK) -> int:
-    """A power of two that matrix units take."""
-    return min(most, max(16, power_of_2(rank)))
-
-
-def _rank_batches(ranks: Sequence[int]) -> Iterator[tuple[slice, int, int]]:
-    """Siblings that one launch takes, its BLOCK_R, and how many of those the largest rank needs."""
-    if ranks:
-        BLOCK_R = _block_r(max(ranks))
-        for batch in _batches(len(ranks), min(kernels.MAX_SIBLINGS, MAX_RANK // BLOCK_R)):
-            yield batch, BLOCK_R, cdiv(max(ranks[batch]), BLOCK_R)
-
-
-def _steps(blocks: int, others: int) -> int:
-    """How many of `blocks` one program takes, a power of two, where `others` programs stand beside each."""
-    programs = max(1, PROGRAMS // max(1, others))
-    return power_of_2(cdiv(blocks, programs))
-
-
 def _project(
     x: Tensor,
     matrices: Sequence[Any],
     outs: Sequence[Any],
-    masks: Sequence[Mask],
+    masks: tuple[Mask, ...],
     states: Tensor | None,
     transposed: bool,
 ) -> None:
     """out = scale (mask ⊙ x) matrixᵀ for each: (N, D), (r, D) or its transpose -> (N, r)."""
     N, D = x.shape
-    ranks = [out.shape[1] for out in outs]
-    for batch, BLOCK_R, pieces in _rank_batches(ranks):
-        m = _flat(matrices[batch])
-        precision = _precision(x.dtype, *(x.dtype for x in m))
-        tile = PROJECT[precision]
-        lead, scalars, constants = _siblings(N, ranks[batch], masks[batch], states)
-        kernels.project(
-            (cdiv(N, tile.BLOCK_N), pieces), (x, *_padded(m, None), *_padded(outs[batch], None), lead), scalars,
-            x.stride(), (*constants, D, transposed, BLOCK_R, precision, tile.BLOCK_N, tile.BLOCK_D),
-            tile.num_warps, tile.num_stages,
-        )  # fmt: skip
+    m = _flat(matrices)
+    precision = _precision(x.dtype, *[one.dtype for one in m])
+    for plan in project_plans(N, D, tuple([out.shape[1] for out in outs]), masks, transposed, precision):
+        k, missing = plan.siblings, plan.missing
+        tensors = (x, *m[k], *missing, *outs[k], *missing, states if plan.drops else None)
+        kernels.project(plan.grid, tensors, plan.scalars, x.stride(), *plan[-3:])
 
 
 def _reduce(
     x: Tensor,
     matrices: Sequence[Any],
     outs: Sequence[Any],
-    masks: Sequence[Mask],
+    masks: tuple[Mask, ...],
     states: Tensor | None,
     transposed: bool,
     sums: Sums,
 ) -> None:
     """out = scale matrixᵀ (mask ⊙ x) for each: (N, D), (N, r) -> (r, D) or its transpose."""
     N, D = x.shape
-    ranks = [m.shape[1] for m in matrices]
-    for batch, BLOCK_R, pieces in _rank_batches(ranks):
-        precision = _precision(*(out.dtype for out in outs[batch]))
-        tile = REDUCE[precision]
-        bands, blocks = cdiv(D, tile.BLOCK_D), cdiv(N, tile.BLOCK_N)
-        steps = _steps(blocks, bands)
-        chunks = max(1, cdiv(blocks, steps))
-        parts = [sums.room(out, chunks) for out in outs[batch]]
-        lead, scalars, constants = _siblings(N, ranks[batch], masks[batch], states)
-        kernels.reduce(
-            (chunks, bands, pieces), (x, *_padded(_flat(matrices[batch]), None), *_padded(parts, None), lead), scalars,
-            x.stride(), (*constants, D, transposed, steps, BLOCK_R, precision, tile.BLOCK_N, tile.BLOCK_D),
-            tile.num_warps, tile.num_stages,
-        )  # fmt: skip
+    m = _flat(matrices)
+    precision = _precision(*[out.dtype for out in outs])
+    for plan in reduce_plans(N, D, tuple([one.shape[1] for one in m]), masks, transposed, precision, PROGRAMS):
+        k, missing = plan.siblings, plan.missing
+        parts = [sums.room(out, plan.grid[0]) for out in outs[k]]
+        tensors = (x, *m[k], *missing, *parts, *missing, states if plan.drops else None)
+        kernels.reduce(plan.grid, tensors, plan.scalars, x.stride(), *plan[-3:])
 
 
 def _adapter(
@@ -301,18 +240,14 @@ def _adapter(
     once = r <= MAX_RANK and 2 * 4 * r <= tile.BLOCK_N * dY.element_size()
     if dS is None or dB is None or not once:
         if dS is not None:
-            _project(dY, [B], [dS], [_scaled(scaling)], None, True)
+            _project(dY, [B], [dS], scaled(scaling), None, True)
         if dB is not None:
-            _reduce(dY, [S], [dB], [_scaled(scaling)], None, True, later)
+            _reduce(dY, [S], [dB], scaled(scaling), None, True, later)
         return
-    blocks, bands = cdiv(N, tile.BLOCK_N), cdiv(D, tile.BLOCK_D)
-    steps = _steps(bands, blocks)
-    bands = cdiv(bands, steps)
-    kernels.adapter(
-        (blocks, bands), (dY, *_flat([B, S]), first.room(dS, bands), later.room(dB, blocks)), (N, float(scaling)),
-        dY.stride(), (D, r, steps, _block_r(r), precision, _precision(B.dtype), tile.BLOCK_N, tile.BLOCK_D),
-        tile.num_warps, tile.num_stages,
-    )  # fmt: skip
+    grid, constants = adapter_plan(N, D, r, precision, _precision(B.dtype), PROGRAMS)
+    blocks, bands = grid
+    tensors = (dY, *_flat([B, S]), first.room(dS, bands), later.room(dB, blocks))
+    kernels.adapter(grid, tensors, (N, float(scaling)), dY.stride(), constants, tile.num_warps, tile.num_stages)
 
 
 def _expand(
@@ -322,36 +257,18 @@ def _expand(
     points: Sequence[Any],
     matrices: Sequence[Any],
     out: Tensor,
-    masks: Sequence[Mask],
+    masks: tuple[Mask, ...],
     states: Tensor | None,
     transposed: bool,
 ) -> None:
     """out = x weightᵀ + bias + Σ mask ⊙ (scale points matrix): (N, r), (r, D) or its transpose -> (N, D)."""
-    N, D = out.shape
-    precision = _precision(x.dtype)
-    tile = (EXPAND if weight is None else FUSED)[precision]
-    ranks = [p.shape[1] for p in points]
-    lead, scalars, constants = _siblings(N, ranks, masks, states)
-    operands = *_padded(_flat(points), None), *_padded(_flat(matrices), None)
+    ranks = tuple([p.shape[1] for p in points])
+    plan = expand_plan(*out.shape, x.shape[1], weight is not None, ranks, masks, transposed, _precision(x.dtype))
     kernels.expand(
-        (cdiv(N, tile.BLOCK_N) * cdiv(D, tile.BLOCK_D),),
-        (x, weight, None if bias is None else bias.contiguous(), *operands, out, lead), scalars,
-        (*x.stride(), *((0, 0) if weight is None else weight.stride())),
+        plan.grid,
         (
-            *constants, x.shape[1], D, transposed, _block_r(max(ranks), RANK_STEP), precision,
-            tile.BLOCK_N, tile.BLOCK_D, tile.BLOCK_D // 4,
+            x, weight, None if bias is None else bias.contiguous(), *_flat(points), *plan.missing,
+            *_flat(matrices), *plan.missing, out, states if plan.drops else None,
         ),
-        tile.num_warps, tile.num_stages,
+        plan.scalars, (*x.stride(), *((0, 0) if weight is None else weight.stride())), *plan[-3:],
     )  # fmt: skip
-
-
-def _siblings(
-    N: int, ranks: Sequence[int], masks: Sequence[Mask], states: Tensor | None
-) -> tuple[Tensor | None, tuple[Any, ...], tuple[Any, ...]]:
-    """What kernels take of siblings beside their tensors: states, scalars and constants."""
-    K = len(masks)
-    places, thresholds, scales = zip(*masks, strict=True)
-    missing = kernels.MAX_SIBLINGS - K
-    scalars = (N, *thresholds, *(0,) * missing, *scales, *(0.0,) * missing)
-    constants = (K, *ranks, *(0,) * missing, *places, *(-1,) * missing)
-    return states if max(places) >= 0 else None, scalars, constants
