@@ -104,7 +104,7 @@ class _Side:
         self.needs_dz = any(g is not None for g in grads)
         self.D = x.shape[1] if proj is None else proj.shape[0]
         self.dtype = x.dtype if proj is None or proj.dtype is x.dtype else torch.float32  # of its matmuls' operands
-        self.proj = None if proj is None else proj.to(self.dtype)  # (D, d)
+        self.proj = None if proj is None else _as(proj, self.dtype)  # (D, d)
 
     @property
     def row_bytes(self) -> int:
@@ -112,8 +112,8 @@ class _Side:
         return 0 if self.proj is None else self.D * (4 + self.needs_dz * (self.dtype is not torch.float32) * 2)
 
     def allocate(self, rows: int) -> None:
-        self.sum_proj = _Total(self.grad_proj, self.dtype, rows == len(self.x))
-        self.sum_bias = _Total(self.grad_bias, self.dtype, rows == len(self.x))
+        self.rows = rows
+        self.sum_proj, self.sum_bias = _Total(self.grad_proj), _Total(self.grad_bias)
         if self.proj is not None:
             self.z_rows = self.x.new_empty((rows, self.D), dtype=torch.float32)
             in_place = self.dtype is torch.float32 or not self.needs_dz
@@ -127,8 +127,9 @@ class _Side:
             return
         if self.grad_proj is not None:
             x = _masked(x, w)
-        self.x_rows = x.to(self.dtype)
-        filled = None if len(x) == len(self.z_rows) else slice(len(x))
+        self.x_rows = _as(x, self.dtype)
+        n = x.shape[0]
+        filled = None if n == self.rows else slice(n)
         self.z = _rows(self.z_rows, filled)
         self.dz = _rows(self.dz_rows, filled) if self.needs_dz else None
         _mm(self.x_rows, self.proj.t(), out=self.z)
@@ -153,20 +154,18 @@ class _Side:
 
 
 class _Total:
-    """The float32 sum of what blocks add to a gradient; one block alone writes the gradient itself."""
+    """The float32 sum of what blocks add to a gradient: the gradient itself where it is float32."""
 
-    def __init__(self, grad: Tensor | None, dtype: torch.dtype, one_block: bool) -> None:
+    def __init__(self, grad: Tensor | None) -> None:
         self.grad, self.filled = grad, False
         self.sum = grad
-        if grad is not None and grad.dtype is not torch.float32 and not (one_block and grad.dtype is dtype):
+        if grad is not None and grad.dtype is not torch.float32:
             self.sum = torch.empty_like(grad, dtype=torch.float32)
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """Add a b, whatever the (common) dtype of a and b."""
         assert self.sum is not None
-        if not self.filled and self.sum.dtype is a.dtype:
-            torch.mm(a, b, out=self.sum)
-        elif not self.filled:
+        if not self.filled:
             _mm(a, b, out=self.sum)
         elif a.dtype is torch.float32:
             self.sum.addmm_(a, b)
@@ -181,10 +180,8 @@ class _Total:
         assert self.sum is not None
         if self.filled:
             self.sum += x.sum(0, dtype=torch.float32)
-        elif self.sum.dtype is torch.float32:
+        else:
             torch.sum(x, 0, dtype=torch.float32, out=self.sum)
-        else:  # a sum in x's own dtype accumulates in float32, and is rounded once
-            torch.sum(x, 0, out=self.sum)
         self.filled = True
 
     def finish(self) -> None:
@@ -208,7 +205,7 @@ def _direct(
         w = _rows(weights, block)
         s.project(block, w)
         t.project(block, w)
-        n = len(s.z)
+        n = s.z.shape[0]
         kernels.direct(
             (cdiv(n, tile.BLOCK_N),), (s.z, t.z, s.bias, t.bias, w, _rows(losses, block), s.dz, t.dz), (n, scale),
             (*s.z.stride(), *t.z.stride(), *map(_stride, (s.bias, t.bias, w, s.dz, t.dz))),
@@ -244,7 +241,7 @@ def _gram(
         w = _rows(weights, block)
         s_block = _points(_rows(s, block), bias_s, w if M_st is not None else None)  # (n, K_s)
         t_block = _points(_rows(t, block), bias_t, w if M_st is not None else None)  # (n, K_t)
-        n = len(s_block)
+        n = s_block.shape[0]
         u = s_block.mm(G_ss)  # (n, K_s)
         v = t_block.mm(G_st.t())  # (n, K_s)
         c = t_block.mm(G_tt)  # (n, K_t)
@@ -298,6 +295,11 @@ def _rows_per_block(N: int, row_bytes: int) -> int:
 
 def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes a microsecond of the host even where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _masked(x: Tensor, w: Tensor | None) -> Tensor:
