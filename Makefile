@@ -1,4 +1,5 @@
-# make demo   validate the kernels on this machine, then distil a student from a teacher ensemble
+# make demo   validate the kernels on this machine, then distil a student from a teacher ensemble,
+#             and time a distillation step of Whisper tiny's shape
 # make test   the whole test suite
 # Both set up all they need in .venv on first use.
 
@@ -30,6 +31,7 @@ $(DEV): $(STAMP)
 demo: $(STAMP)
 	$(RUN) -m kdkernels validate --quick
 	$(RUN) -m kdtrainer digits --compare --out $(OUT)/digits
+	$(RUN) -m kdtrainer whisper-step --steps 2 --out $(OUT)/whisper-step
 
 test: $(STAMP)
 	$(RUN) -m pytest -q -n auto --dist loadfile

@@ -9,7 +9,6 @@ import warnings
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 HOW_TO_MEND = "reinstall with `pip install .` (it needs a C++20 compiler); `python -m kdkernels doctor` says more"
 
@@ -52,17 +51,3 @@ def launch(name: str, device: torch.device, *arguments: object) -> None:
         size = function(*arguments, None, 0)
         workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
         function(*arguments, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """What the compiled module calls a dtype."""
-    return str(dtype).removeprefix("torch.")
-
-
-def view(x: Tensor | None) -> object:
-    """A matrix as the compiled module sees it: vectors are one column, scalars one element."""
-    if x is None:
-        return None
-    rows, cols = (*x.shape, 1, 1)[:2]
-    row_stride, col_stride = (*x.stride(), 1, 1)[:2]
-    return module().View(x.data_ptr(), dtype_name(x.dtype), rows, cols, row_stride, col_stride)

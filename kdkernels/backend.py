@@ -86,6 +86,11 @@ TABLE: tuple[Implementation, ...] = (
 _default = "auto"
 
 
+def default() -> str:
+    """What `use_backend` named, or `"auto"`."""
+    return _default
+
+
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Within the block, operators called with `backend="auto"` use this backend (process-wide, not per thread)."""
@@ -154,11 +159,12 @@ class Cost:
     flops: int
     bytes: int
     why_not: str | None = None
+    rate: int = 1  # of its arithmetic, as a multiple of float32's
 
     @property
     def weight(self) -> float:
         """Comparable cost, in FLOP equivalents."""
-        return self.flops + FLOPS_PER_BYTE * self.bytes
+        return self.flops / self.rate + FLOPS_PER_BYTE * self.bytes
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,35 @@ from functools import cache
 
 import torch
 
+from kdkernels import _native
+
 VARIABLE = "KDKERNELS_GEMM"
 CHOICES = ("auto", "vendor", "own")
 
 
-def vendor_multiplies(dtype: torch.dtype) -> bool:
-    """Whether products of matrices of this dtype are torch's; KDKERNELS_GEMM=vendor or own decides otherwise.
+FORCED = os.environ.get(VARIABLE) or "auto"
+SMALL = 2**21  # multiply-adds below which a call of its own costs more than a faster product saves
 
-    Raises ValueError where the variable holds anything else.
+
+def vendor_multiplies(dtype: torch.dtype, size: int = 2**62) -> bool:
+    """Whether products of matrices of this dtype, of `size` multiply-adds, are torch's.
+
+    KDKERNELS_GEMM=vendor or own decides otherwise; ValueError where the variable holds anything else.
     """
-    forced = os.environ.get(VARIABLE) or "auto"
-    if forced not in CHOICES:
-        raise ValueError(f"{VARIABLE} is {forced!r}, but must be one of {', '.join(map(repr, CHOICES))}")
-    return forced == "vendor" or (forced == "auto" and dtype is torch.bfloat16 and _multiplies_bfloat16())
+    if FORCED == "auto":
+        if dtype is torch.bfloat16:
+            return _multiplies_bfloat16()
+        return size >= SMALL and _processor() == "intel" and torch.backends.mkl.is_available()
+    if FORCED not in CHOICES:
+        raise ValueError(f"{VARIABLE} is {FORCED!r}, but must be one of {', '.join(map(repr, CHOICES))}")
+    return FORCED == "vendor"
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def _processor() -> str:
+    return _native.module().processor()

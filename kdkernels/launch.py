@@ -4,7 +4,7 @@ Triton specialises what it compiles: on a tensor's dtype and on its address bein
 1, a multiple of 16, or beyond 32 bits, on constants. A `Launcher` keeps compiled kernels by a key that is finer: the
 dtypes, which addresses are no multiples of 16, strides and constants as they are. What else varies from call to call
 has a declared type and is not specialised on. So equal keys mean equal kernels, whatever a version of Triton makes of
-them; what is not found is compiled by Triton's own binder.
+them; what is not found is compiled and first launched by Triton itself, which refuses tensors that are not on a GPU.
 
 What is found is started through `CompiledKernel.run`, which has been the same in `VERSIONS`. Elsewhere, for AMD, under
 the interpreter, and while a profiler hooks launches, it is `kernel[grid](…)` as ever.
@@ -57,9 +57,10 @@ class Launcher:
         if self._compiles and driver.active is not self._driver:
             self._adopt(driver.active)
         if not self._direct or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook) or runtime.debug:
-            arguments = (*tensors, *scalars, *strides, *constants)
-            self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+            self._by_triton(grid, (*tensors, *scalars, *strides, *constants), num_warps, num_stages)
             return
+        first: Any = tensors[0]
+        where = first.get_device()
         pointers: list[int | None] = []
         dtypes: list[torch.dtype | None] = []
         misaligned = []
@@ -68,21 +69,22 @@ class Launcher:
                 pointers.append(None)
                 dtypes.append(None)
             else:
+                if x.get_device() != where:
+                    raise ValueError(
+                        f"{self.kernel.__name__}: a tensor is on {x.device}, but must be on {first.device}"
+                    )
                 pointer = x.data_ptr()
                 pointers.append(pointer)
                 dtypes.append(x.dtype)
                 if pointer & 15:
                     misaligned.append(len(pointers))
         device = self._driver.get_current_device()
-        key = (device, num_warps, num_stages, strides, constants, *misaligned, *dtypes)
+        key = (device, where, num_warps, num_stages, strides, constants, *misaligned, *dtypes)
         found = self._kept.get(key)
         if found is None:
-            arguments = (*tensors, *scalars, *strides, *constants)
-            found = self._compile(key, grid, arguments, num_warps, num_stages)
-            if found is None:
-                self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-                return
-        run, function, metadata = found
+            self._keep(key, grid, (*tensors, *scalars, *strides, *constants), num_warps, num_stages)
+            return
+        run, function, metadata, _ = found
         size = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         stream = self._driver.get_current_stream(device)
         run(*size, stream, function, metadata, None, None, None, *pointers, *scalars, *strides, *constants)
@@ -94,17 +96,20 @@ class Launcher:
         version = ".".join(triton.__version__.split(".")[:2])
         self._direct = version in VERSIONS and active.get_current_target().backend == "cuda"
 
-    def _compile(
+    def _by_triton(self, grid: tuple[int, ...], arguments: tuple[Any, ...], num_warps: int, num_stages: int) -> None:
+        self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+
+    def _keep(
         self, key: tuple[Any, ...], grid: tuple[int, ...], arguments: tuple[Any, ...], num_warps: int, num_stages: int
-    ) -> tuple[Any, ...] | None:
+    ) -> None:
+        """Launch what is not known yet, and know it from now on."""
         compiled = self.kernel.run(*arguments, grid=grid, warmup=True, num_warps=num_warps, num_stages=num_stages)
-        if not isinstance(compiled, CompiledKernel):  # while Triton compiles elsewhere
-            return None
-        if len(self._kept) >= MOST_KEPT:
-            self._kept.clear()
-        found = (compiled.run, compiled.function, compiled.packed_metadata)  # the first loads it: it comes first
-        self._kept[key] = found
-        return found
+        self._by_triton(grid, arguments, num_warps, num_stages)
+        if isinstance(compiled, CompiledKernel):  # not while Triton compiles elsewhere
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            # `run` loads the kernel, so it comes first; the kernel itself must outlive its handle
+            self._kept[key] = (compiled.run, compiled.function, compiled.packed_metadata, compiled)
 
 
 def _check(kernel: Any) -> None:

@@ -69,21 +69,21 @@ def test_there_is_ptx_for_newer_gpus(module):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_first_call_says_so(module):
-    A, S = torch.zeros(2, 9), torch.zeros(2, 3)
+    A, S = torch.zeros(2, 3, 3), torch.zeros(2, 3)
     with pytest.raises(RuntimeError, match="CUDA: no device can be used: "):
-        module.cuda_svd(_native.view(A), 3, 3, False, _native.view(S), None, None, None, 0)
+        module.cuda_svd(A, S, None, None, None, 0)
 
 
 def test_wrong_arguments_are_named(module):
-    A, S = torch.zeros(2, 9), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="matrices is 2 x 9, but must be 2 x 6"):
-        module.cuda_svd(_native.view(A), 3, 2, False, _native.view(S), None, None, None, 0)
-    with pytest.raises(ValueError, match="values must be contiguous"):
-        module.cuda_svd(_native.view(A), 3, 3, False, _native.view(torch.zeros(3, 2).T), None, None, None, 0)
+    A, S = torch.zeros(2, 3, 3), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="values is 2 of 2 x 1, but must be 2 of 3 x 1"):
+        module.cuda_svd(A, S[:, :2].contiguous(), None, None, None, 0)
+    with pytest.raises(ValueError, match="a batch must be contiguous"):
+        module.cuda_svd(A, torch.zeros(3, 2).T, None, None, None, 0)
     with pytest.raises(ValueError, match="go together"):
-        module.cuda_svd(_native.view(A), 3, 3, False, _native.view(S), _native.view(A), None, None, 0)
+        module.cuda_svd(A, S, A, None, None, 0)
     with pytest.raises(TypeError, match="float32 or float64"):
-        module.cuda_svd(_native.view(A.bfloat16()), 3, 3, False, _native.view(S.bfloat16()), None, None, None, 0)
+        module.cuda_svd(A.bfloat16(), S.bfloat16(), None, None, None, 0)
 
 
 @pytest.mark.gpu
@@ -94,8 +94,7 @@ def test_svd_on_a_gpu(rows, n, dtype, module):
     A = torch.randn(N, rows, n, dtype=dtype, device="cuda")
     S = torch.empty(N, n, dtype=real, device="cuda")
     U, V = torch.empty_like(A), torch.empty(N, n, n, dtype=dtype, device="cuda")
-    views = [None if x is None else _native.view(flat(x)) for x in (A, S, U, V)]
-    arguments = (views[0], rows, n, dtype.is_complex, *views[1:])
+    arguments = (A, S, U, V)
     stream = torch.cuda.current_stream().cuda_stream
     workspace = torch.empty(module.cuda_svd(*arguments, None, stream), dtype=torch.uint8, device="cuda")
     module.cuda_svd(*arguments, workspace.data_ptr(), stream)
@@ -111,16 +110,9 @@ def test_hankel_on_a_gpu(n, module):
     Lambda, B, C = (x.cuda() for x in make_systems("LRU", 5, n, 3, 2, dtype=torch.complex128))
     T, W = torch.empty(2, 5, n, n, dtype=Lambda.dtype, device="cuda")
     S = torch.empty(5, n, dtype=torch.float64, device="cuda")
-    views = [_native.view(flat(x)) for x in (Lambda, B, C)]
-    outputs = [None, None, None, None, *(_native.view(flat(x)) for x in (S, T, W))]
-    arguments = (*views, n, 3, 2, True, *outputs)
+    arguments = (Lambda, B, C, None, None, None, None, S, T, W)
     stream = torch.cuda.current_stream().cuda_stream
     workspace = torch.empty(module.cuda_hankel(*arguments, None, stream), dtype=torch.uint8, device="cuda")
     module.cuda_hankel(*arguments, workspace.data_ptr(), stream)
     P = B @ B.mH / (1 - Lambda[:, :, None] * Lambda[:, None].conj())
     torch.testing.assert_close((T * S[:, None]) @ T.mH, P)
-
-
-def flat(x: torch.Tensor) -> torch.Tensor:
-    """One row of real numbers a system."""
-    return (torch.view_as_real(x) if x.is_complex() else x).reshape(len(x), -1)

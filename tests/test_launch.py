@@ -135,7 +135,7 @@ def start(launcher: Any, x: Tensor | None = None) -> None:
 def test_triton_binds_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher, seen = launch.Launcher(copy_kernel), counted(monkeypatch)
     assert device.during(lambda: [start(launcher) for _ in range(5)]) == {"copy_kernel": 5}
-    assert seen == [True]
+    assert seen == [True, False]  # compiled, and launched for the first time
 
 
 def test_a_profiler_sees_every_launch(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_a_profiler_sees_every_launch(device: Device, monkeypatch: pytest.Monkey
         triton.knobs.runtime.launch_enter_hook.remove(hook)
     start(launcher)
     assert names == ["copy_kernel"]
-    assert seen == [True, False]
+    assert seen == [True, False, False]
 
 
 def test_another_triton_launches_by_itself(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +178,19 @@ def test_each_device_and_driver_has_kernels_of_its_own(device: Device, monkeypat
     monkeypatch.setattr(driver, "_active", type(driver.active)())
     start(launcher, x)
     assert launcher._driver is driver.active and len(kept) == 1
+
+
+class Elsewhere(Tensor):
+    def get_device(self) -> int:
+        return 1
+
+
+def test_a_tensor_of_another_device_is_refused(device: Device) -> None:
+    """Triton is handed addresses, so it would not notice."""
+    launcher, x = launch.Launcher(copy_kernel), torch.zeros(64)
+    start(launcher, x)
+    with pytest.raises(ValueError, match="copy_kernel: a tensor is on"):
+        launcher((1,), (x, x.as_subclass(Elsewhere), x), (7, 1.0), (1, 1), (16,), 4, 3)
 
 
 def test_ever_new_strides_do_not_fill_the_memory(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from lora import BACKENDS, call, native_only, operands
 
 import kdkernels as kd
 from kdkernels.ops.lora_linear import schema
+from kdkernels.ops.lora_linear.call import pack
 from kdkernels.testing.lora_linear.inputs import make_inputs
 
 # ---- what is kept and what is computed
@@ -21,12 +22,12 @@ def test_bytes_kept_for_backward(p):
     parameters = {t.data_ptr() for t in (weight, lora_A, lora_B, bias)}
     kept = {}
 
-    def pack(t):
+    def keep(t):
         if t.data_ptr() not in parameters:
             kept[t.data_ptr()] = t.numel() * t.element_size()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         call(x, weight, lora_A, lora_B, bias, dropout_p=p, backend="native")
     assert sum(kept.values()) <= x.numel() * 4 + N * r * 4 + N * d_in // 8
 
@@ -39,14 +40,14 @@ def test_only_requested_gradients_are_computed(monkeypatch):
     backward = native.backward
 
     def spy(*arguments):
-        rooms.append([arguments[9], *(group[0] for group in arguments[10:])])
+        rooms.append(list(arguments[-1]))
         backward(*arguments)
 
     monkeypatch.setattr(native, "backward", spy)
-    for wanted, room in enumerate((0, 1, 3, 4, 2)):  # input, weight, lora_A, lora_B and bias among backward's rooms
+    for wanted in range(5):
         tensors = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(operands())]
         call(*tensors, backend="native").sum().backward()
-        assert [i for i, found in enumerate(rooms.pop()) if found is not None] == [room]
+        assert [i for i, found in enumerate(rooms.pop()) if found is not None] == [wanted]
 
 
 @native_only
@@ -104,11 +105,9 @@ def test_batches_of_gradients_are_refused():
 def test_opcheck():
     for K, p in ((1, 0.0), (2, 0.3)):
         inputs = make_inputs(K=K, dropout_p=p)
-        weights, lora_A, lora_B, biases, scalings, dropout_p = zip(*inputs.layers, strict=True)
-        groups = [[t.requires_grad_() for t in group] for group in (weights, biases, lora_A, lora_B)]
-        states = inputs.states if p else inputs.states[:0]
-        arguments = (inputs.input.requires_grad_(), *groups, list(scalings), list(dropout_p), states, "native")
-        torch.library.opcheck(schema.lora_linear, arguments)
+        tensors, numbers = pack(inputs.input, inputs.layers)
+        leaves = [t.requires_grad_() for t in tensors]
+        torch.library.opcheck(schema.lora_linear.seen, (leaves, numbers, inputs.states if p else None, "native"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,6 +12,7 @@ from conftest import ISAS
 from lora import BACKENDS, call, native_only, operands
 
 import kdkernels as kd
+from kdkernels import gemm
 from kdkernels.gemm import vendor_multiplies
 from kdkernels.ops.lora_linear import reference, schema
 from kdkernels.philox import keep_mask
@@ -52,7 +53,7 @@ def test_every_combination_of_gradients_in_float64(bias, p):
 @pytest.mark.parametrize("p", (0.0, 0.3))
 def test_base_products_of_the_vendor(monkeypatch, p):
     """Where the processor multiplies bfloat16, torch forms [x, αS] [W, B]ᵀ and dY W; the rest is ours."""
-    monkeypatch.setenv("KDKERNELS_GEMM", "vendor")
+    monkeypatch.setattr(gemm, "FORCED", "vendor")
     for dtype, case in itertools.product((torch.float32, torch.bfloat16), QUICK.values()):
         wrong = [d for d in compare_case({"dtype": dtype, "dropout_p": p} | case, "native") if not d.ok]
         assert not wrong, wrong
@@ -166,7 +167,7 @@ def test_a_dropped_element_does_not_exist_for_the_adapter():
     mask = keep_mask(state[0], 6, 8, 0.5)
     x = torch.where(mask, 1.0, torch.nan)
     eye, zeros = torch.eye(8), torch.zeros(8, 8)
-    _, S = schema.lora_linear(x, [zeros], [x.new_empty(0)], [eye], [eye], [1.0], [0.5], state, "native")
+    _, S = schema.lora_linear.seen([x, zeros, eye, eye, None], [1.0, 0.5], state, "native")
     assert torch.equal(S, 2.0 * mask)
 
 
@@ -175,7 +176,7 @@ def test_a_dropped_element_does_not_exist_for_the_adapter():
 def test_bfloat16_is_rounded_once(path, wide_adapters, monkeypatch):
     """Beside the rounding of the result, half a unit of its last place, there is room for that of sums alone."""
     if path != "reference":
-        monkeypatch.setenv("KDKERNELS_GEMM", path)
+        monkeypatch.setattr(gemm, "FORCED", path)
     x, weight, lora_A, lora_B, bias = operands(40, 64, 48, 8, torch.bfloat16, grad=False)
     if wide_adapters:
         draw = torch.Generator().manual_seed(4)
@@ -192,7 +193,7 @@ def test_bfloat16_is_rounded_once(path, wide_adapters, monkeypatch):
 @native_only
 def test_what_is_not_finite_is_no_other_number_in_the_vendors_product(monkeypatch):
     """A projected point beyond the range is infinite, not NaN, though it is split into several numbers."""
-    monkeypatch.setenv("KDKERNELS_GEMM", "vendor")
+    monkeypatch.setattr(gemm, "FORCED", "vendor")
     x, weight, lora_A, lora_B, bias = operands(3, dtype=torch.bfloat16, grad=False)
     x[1] = 1e38
     y = call(x.abs(), weight.abs(), lora_A.abs(), lora_B.abs(), bias, backend="native")
@@ -200,11 +201,23 @@ def test_what_is_not_finite_is_no_other_number_in_the_vendors_product(monkeypatc
 
 
 def test_who_multiplies_is_one_of_three(monkeypatch):
-    monkeypatch.setenv("KDKERNELS_GEMM", "mine")
+    monkeypatch.setattr(gemm, "FORCED", "mine")
     with pytest.raises(ValueError, match="KDKERNELS_GEMM is 'mine', but must be one of 'auto', 'vendor', 'own'"):
         vendor_multiplies(torch.float32)
-    monkeypatch.setenv("KDKERNELS_GEMM", "")
-    assert not vendor_multiplies(torch.float32)
+    for who in ("vendor", "own"):
+        monkeypatch.setattr(gemm, "FORCED", who)
+        assert vendor_multiplies(torch.float32) is (who == "vendor")
+
+
+@native_only
+def test_the_processors_maker_multiplies_where_that_is_faster(monkeypatch):
+    """Of large products: those of small ones do not pay for a call of their own."""
+    monkeypatch.setattr(gemm, "FORCED", "auto")
+    for maker in ("intel", "amd", "other"):
+        monkeypatch.setattr(gemm, "_processor", lambda maker=maker: maker)
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+        assert vendor_multiplies(torch.float32, 2**30) is (maker == "intel")
+        assert not vendor_multiplies(torch.float32, 2**10)
 
 
 @native_only

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.ops.lora_linear import schema
+from kdkernels.ops.lora_linear.call import pack
 from kdkernels.ops.lora_linear.reference import adapted
 from kdkernels.philox import draw_states, keep_mask
 from kdkernels.testing.compare import Outcome, deviations, errors, poisoned_memory
@@ -95,10 +96,10 @@ def test_adapters_of_any_dtype(kernels: ModuleType, dtypes: tuple[torch.dtype, .
     layer = layer._replace(lora_B=layer.lora_B.to(of_b or adapter))
     dY = torch.randn(37, 22).to(dtype)
     y, _, *grads = results(inputs.input, (layer,), inputs.states, [dY])
-    leaves = [x.double().requires_grad_() for x in (inputs.input, layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
-    x, W, b, A, B = leaves
+    leaves = [x.double().requires_grad_() for x in (inputs.input, *layer[:4])]
+    x, W, A, B, b = leaves
     expected = adapted(x, W, b, A, B, layer.scaling, 0.2, inputs.states[0])
-    originals = (inputs.input, inputs.input, layer.weight, layer.bias, layer.lora_A, layer.lora_B)
+    originals = (inputs.input, inputs.input, *layer[:4])
     targets = (expected, *torch.autograd.grad(expected, leaves, dY.double()))
     for found, target, original in zip((y, *grads), targets, originals, strict=True):
         assert found.dtype is original.dtype
@@ -131,18 +132,14 @@ def test_every_combination_of_gradients(kernels: ModuleType, p: float) -> None:
 def test_siblings_that_need_different_gradients(kernels: ModuleType) -> None:
     inputs = make_inputs(N=5, d_in=7, d_out=6, r=2, K=2, dropout_p=0.4)
     target = exact(inputs).grads
-    weights, lora_A, lora_B, biases, scalings, dropout_p = zip(*inputs.layers, strict=True)
-    groups = (weights, biases, lora_A, lora_B)
-    names = ("weight", "bias", "lora_A", "lora_B")
-    *_, S0, S1 = schema.lora_linear(inputs.input, *groups, scalings, dropout_p, inputs.states, "triton")
+    tensors, numbers = pack(inputs.input, inputs.layers)
+    *_, S0, S1 = schema.lora_linear.seen(tensors, numbers, inputs.states, "triton")
     grads = [0.75 * torch.cos(torch.arange(30.0)).reshape(5, 6)] * 2
     for wanted in itertools.product((0, 1), repeat=4):
-        needs = [False, *(k == only for only in wanted for k in range(2))]
-        found = schema.lora_linear_backward(
-            grads, inputs.input, [S0, S1], *groups, scalings, dropout_p, inputs.states, needs, "triton"
-        )
-        for need, name, x in zip(needs[1:], [f"{n} {k}" for n in names for k in range(2)], found[1:], strict=True):
-            assert x.numel() == 0 if not need else (x - target[name]).norm() <= 1e-6 * target[name].norm()
+        needs = [False, *(k == only for k in range(2) for only in wanted)]
+        found = schema.lora_linear_backward(grads, [S0, S1], tensors, numbers, inputs.states, needs, "triton")
+        for need, name, x in zip(needs[1:], [f"{n} {k}" for k in range(2) for n in NAMES], found[1:], strict=True):
+            assert x is None if not need else (x - target[name]).norm() <= 1e-6 * target[name].norm()
 
 
 def test_one_pass_over_the_gradient_or_two(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,14 +202,13 @@ def test_masks_are_those_of_every_backend(kernels: ModuleType, N: int, d: int, d
         state = torch.tensor([[seed, offset]])
         mask = keep_mask(state[0], N, d, p)
         x, eye, W = torch.ones(N, d, dtype=dtype), torch.eye(d, dtype=dtype), torch.zeros(d, d, dtype=dtype)
-        absent = x.new_empty(0)
-        _, S = schema.lora_linear(x, [W], [absent], [eye], [eye], [1.0], [p], state, "triton")
+        _, S = schema.lora_linear.seen([x, W, eye, eye, None], [1.0, p], state, "triton")
         assert torch.equal(S != 0, mask)
-        operands = ([x], x, [S], [W], [absent], [eye], [eye], [1.0], [p], state)
+        operands = ([x], [S], [x, W, eye, eye, None], [1.0, p], state)
         dX, *_ = schema.lora_linear_backward(*operands, [True] + [False] * 4, "triton")
         assert torch.equal(dX != 0, mask)
         # with a dS that is 1 in one column, dA sums the mask's columns
-        dA = schema.lora_linear_backward(*operands, [False, False, False, True, False], "triton")[3]
+        dA = schema.lora_linear_backward(*operands, [False, False, True, False, False], "triton")[2]
         expected = mask.double().sum(0).expand(d, d) / (1 - p)
         torch.testing.assert_close(dA.double(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3, atol=1e-6)
 
@@ -220,9 +216,8 @@ def test_masks_are_those_of_every_backend(kernels: ModuleType, N: int, d: int, d
 def test_masks_of_siblings_are_their_own(kernels: ModuleType) -> None:
     states = torch.tensor([[3, 4], [3, 5], [-1, 2**40]])
     x, eye, W = torch.ones(9, 20), torch.eye(20), torch.zeros(1, 20)
-    *_, S0, S1, S2 = schema.lora_linear(
-        x, [W] * 3, [x.new_empty(0)] * 3, [eye] * 3, [W.T] * 3, [1.0] * 3, [0.5, 0.0, 0.25], states, "triton"
-    )
+    tensors, numbers = pack(x, [kd.LoRA(W, eye, W.T, dropout_p=p) for p in (0.5, 0.0, 0.25)])
+    *_, S0, S1, S2 = schema.lora_linear.seen(tensors, numbers, states, "triton")
     assert torch.equal(S0 != 0, keep_mask(states[0], 9, 20, 0.5))
     assert torch.equal(S1, x)
     assert torch.equal(S2 != 0, keep_mask(states[2], 9, 20, 0.25))
@@ -233,10 +228,10 @@ def test_a_dropped_element_does_not_exist_for_the_adapter(kernels: ModuleType) -
     state = torch.tensor([[3, 4]])
     mask = keep_mask(state[0], 6, 8, 0.5)
     x, eye, W = torch.where(mask, 1.0, torch.nan), torch.eye(8), torch.zeros(8, 8)
-    _, S = schema.lora_linear(x, [W], [x.new_empty(0)], [eye], [eye], [1.0], [0.5], state, "triton")
+    _, S = schema.lora_linear.seen([x, W, eye, eye, None], [1.0, 0.5], state, "triton")
     assert torch.equal(S, 2.0 * mask)
-    operands = ([torch.ones(6, 8)], x, [S], [W], [x.new_empty(0)], [eye], [eye], [1.0], [0.5], state)
-    dA = schema.lora_linear_backward(*operands, [False, False, False, True, False], "triton")[3]
+    operands = ([torch.ones(6, 8)], [S], [x, W, eye, eye, None], [1.0, 0.5], state)
+    dA = schema.lora_linear_backward(*operands, [False, False, True, False, False], "triton")[2]
     assert torch.equal(dA, 2.0 * mask.sum(0).expand(8, 8))
 
 
@@ -252,12 +247,12 @@ def strided(x: Tensor) -> Iterator[Tensor]:
 
 
 def results(x: Tensor, layers: tuple[kd.LoRA, ...], states: Tensor, incoming: list[Tensor]) -> list[Tensor]:
-    weights, lora_A, lora_B, biases, scalings, dropout_p = zip(*layers, strict=True)
-    groups = (weights, biases, lora_A, lora_B)
-    found = schema._forward(x, *groups, scalings, dropout_p, states, "triton")
-    K = len(layers)
-    needs = [True] * (1 + 4 * K)
-    return found + schema._backward(incoming, x, found[K:], *groups, scalings, dropout_p, states, needs, "triton")
+    tensors, numbers = pack(x, layers)
+    found = schema.lora_linear.seen(tensors, numbers, states, "triton")
+    needs = [True] * len(tensors)
+    return found + schema.lora_linear_backward(
+        incoming, found[len(layers) :], tensors, numbers, states, needs, "triton"
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -321,11 +316,11 @@ def test_same_bits_on_every_run(base: bool, p: float) -> None:
 def test_the_path_of_small_layers(kernels: ModuleType) -> None:
     """Without torch.library, through the same kernels."""
     inputs = make_inputs(N=5, dropout_p=0.3)
-    weights, lora_A, lora_B, biases, scalings, dropout_p = zip(*inputs.layers, strict=True)
-    leaves = [x.requires_grad_() for x in (inputs.input, *weights, *biases, *lora_A, *lora_B)]
+    tensors, numbers = pack(inputs.input, inputs.layers)
+    leaves = [x.requires_grad_() for x in tensors]
     results = []
-    for function in (schema.call, schema.lora_linear):
-        y = function(leaves[0], weights, biases, lora_A, lora_B, scalings, dropout_p, inputs.states, "triton")[0]
+    for function in (schema.lora_linear, schema.lora_linear.seen):
+        y = function(leaves, numbers, inputs.states, "triton")[0]
         results.append([y, *torch.autograd.grad(y.sum(), leaves)])
     assert all(map(torch.equal, *results))
 
@@ -369,7 +364,7 @@ def test_gpu_masks_are_those_of_the_reference() -> None:
     state = draw_states(1, torch.device("cuda"))
     x, eye, W = torch.ones(300, 1030), torch.eye(1030), torch.zeros(1, 1030)
     x, eye, W = x.cuda(), eye.cuda(), W.cuda()
-    _, S = schema.lora_linear(x, [W], [x.new_empty(0)], [eye], [W.T], [1.0], [0.3], state, "triton")
+    _, S = schema.lora_linear.seen([x, W, eye, W.T, None], [1.0, 0.3], state, "triton")
     assert torch.equal(S.cpu() != 0, keep_mask(state[0].cpu(), 300, 1030, 0.3))
 
 

@@ -157,7 +157,7 @@ def test_only_requested_gradients_are_computed(backend, method, reduction, monke
         honest = implementation.loss_and_gradients
 
         def spy(*arguments):
-            asked.append([name for name, g in zip(schema.NAMES, arguments[-1], strict=True) if g.numel()])
+            asked.append([name for name, g in zip(schema.NAMES, arguments[-1], strict=True) if g is not None])
             return honest(*arguments)
 
         monkeypatch.setattr(implementation, "loss_and_gradients", spy)
@@ -178,7 +178,7 @@ def test_no_gradients_without_grad_mode(monkeypatch):
     inputs.operands[0].requires_grad_()
     with torch.no_grad():
         assert not loss(inputs, backend="native").requires_grad
-    assert [g.numel() for g in asked[0]] == [0] * 6
+    assert asked[0] == [None] * 6
 
 
 @everywhere

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <string>
 
 #include "tensor.h"
@@ -20,17 +19,49 @@ void bind_lora_linear(py::module_& m);
 void bind_projection_alignment(py::module_& m);
 void bind_svd(py::module_& m);
 
-using MaybeView = std::optional<View>;
+// Batches of matrices, contiguous: a row of `matrices` holds the numbers of one, a complex one as two.
+struct Batch {
+  View matrices;
+  int64_t rows = 0, cols = 0;  // of each; of a batch of vectors cols is 1
+  bool is_complex = false;
 
-inline View or_absent(const MaybeView& view) {
-  return view.value_or(View{});
-}
+  explicit operator bool() const { return bool(matrices); }
+};
+
+// A torch.Tensor of at most two dimensions, and one of at least one; None is absent. They hold no reference.
+View view_of(py::handle tensor);
+Batch batch_of(py::handle tensor);
 
 // Throw ValueError, naming the argument, unless an absent-or-present view has this many rows and columns.
 void check_shape(const char* name, const View& view, int64_t rows, int64_t cols);
-// Throw unless an absent-or-present view is contiguous, has this many columns, and rows and dtype like another.
-void check_batch(const char* name, const View& view, const View& like, int64_t cols);
+// Throw unless an absent-or-present batch has matrices of this size, as many as another, of its dtype and complex or
+// not.
+void check_batch(const char* name, const Batch& batch, const Batch& like, int64_t rows, int64_t cols, bool is_complex);
+// Throw ValueError unless the view is there.
+void check_given(const char* name, const View& view);
 void check_dtype(const char* name, const View& view, DType dtype);
 void check_threads(int threads);
 
 }  // namespace kd
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<kd::View> {
+  PYBIND11_TYPE_CASTER(kd::View, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) {
+    value = kd::view_of(source);
+    return true;
+  }
+};
+
+template <>
+struct type_caster<kd::Batch> {
+  PYBIND11_TYPE_CASTER(kd::Batch, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) {
+    value = kd::batch_of(source);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

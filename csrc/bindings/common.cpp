@@ -8,14 +8,100 @@ namespace {
 
 char view_of_nothing;
 
-DType parse_dtype(const std::string& name) {
-  if (name == "float32") return DType::float32;
-  if (name == "float64") return DType::float64;
-  if (name == "bfloat16") return DType::bfloat16;
-  throw py::type_error("dtype is '" + name + "', but must be float32, float64 or bfloat16");
+struct Number {
+  DType dtype;
+  bool is_complex;
+};
+
+Number number_of(py::handle dtype) {
+  struct Known {
+    PyObject* dtype;
+    Number number;
+  };
+  static const std::vector<Known> known = [] {
+    const py::module_ torch = py::module_::import("torch");
+    auto named = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };  // never collected
+    return std::vector<Known>{{named("float32"), {DType::float32, false}},
+                              {named("float64"), {DType::float64, false}},
+                              {named("bfloat16"), {DType::bfloat16, false}},
+                              {named("complex64"), {DType::float32, true}},
+                              {named("complex128"), {DType::float64, true}}};
+  }();
+  for (const Known& one : known)
+    if (one.dtype == dtype.ptr()) return one.number;
+  throw py::type_error("dtype is " + std::string(py::str(dtype)) + ", but must be float32, float64 or bfloat16");
+}
+
+// A tensor's attributes, by names that are made once: a call reads dozens of them.
+struct Name {
+  PyObject* interned;
+  explicit Name(const char* name) : interned(PyUnicode_InternFromString(name)) {}
+  py::object of(py::handle tensor) const { return checked(PyObject_GetAttr(tensor.ptr(), interned)); }
+  py::object call(py::handle tensor) const { return checked(PyObject_CallMethodNoArgs(tensor.ptr(), interned)); }
+  static py::object checked(PyObject* found) {
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+  }
+};
+
+struct Names {
+  Name dtype{"dtype"}, shape{"shape"}, stride{"stride"}, data_ptr{"data_ptr"}, is_contiguous{"is_contiguous"};
+};
+
+const Names& names() {
+  static const Names made;
+  return made;
+}
+
+// The integers of a torch.Size, or of strides.
+struct Integers {
+  py::object tuple;
+  explicit Integers(py::object of) : tuple(std::move(of)) {
+    if (!PyTuple_Check(tuple.ptr())) throw py::type_error("the arguments must be tensors");
+  }
+  int64_t size() const { return PyTuple_GET_SIZE(tuple.ptr()); }
+  int64_t operator[](int64_t i) const { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)); }
+};
+
+// An empty tensor has no address, yet it was given: any address that is not null says so.
+void* address_of(py::handle tensor) {
+  void* data = PyLong_AsVoidPtr(names().data_ptr.call(tensor).ptr());
+  return data ? data : &view_of_nothing;
 }
 
 }  // namespace
+
+View view_of(py::handle tensor) {
+  if (tensor.is_none()) return {};
+  const Number number = number_of(names().dtype.of(tensor));
+  const Integers shape(names().shape.of(tensor)), strides(names().stride.call(tensor));
+  if (number.is_complex || shape.size() > 2)
+    throw py::type_error("a view is of a real tensor of at most two dimensions");
+  View view{address_of(tensor), number.dtype, 1, 1, 1, 1};
+  if (shape.size() > 0) view.rows = shape[0], view.row_stride = strides[0];
+  if (shape.size() > 1) view.cols = shape[1], view.col_stride = strides[1];
+  return view;
+}
+
+Batch batch_of(py::handle tensor) {
+  if (tensor.is_none()) return {};
+  const Number number = number_of(names().dtype.of(tensor));
+  const Integers shape(names().shape.of(tensor));
+  if (shape.size() < 2 || shape.size() > 3)
+    throw py::type_error("a batch is of vectors or matrices: two or three dimensions");
+  if (!names().is_contiguous.call(tensor).cast<bool>()) throw py::value_error("a batch must be contiguous");
+  Batch batch;
+  batch.rows = shape[1];
+  batch.cols = shape.size() > 2 ? shape[2] : 1;
+  batch.is_complex = number.is_complex;
+  const int64_t numbers = batch.rows * batch.cols * (number.is_complex ? 2 : 1);
+  batch.matrices = {address_of(tensor), number.dtype, shape[0], numbers, numbers, 1};
+  return batch;
+}
+
+void check_given(const char* name, const View& view) {
+  if (!view) throw py::value_error(std::string(name) + " is missing");
+}
 
 void check_shape(const char* name, const View& view, int64_t rows, int64_t cols) {
   if (!view || (view.rows == rows && view.cols == cols)) return;
@@ -27,14 +113,19 @@ void check_dtype(const char* name, const View& view, DType dtype) {
   if (view && view.dtype != dtype) throw py::type_error(std::string(name) + " has the wrong dtype");
 }
 
-void check_batch(const char* name, const View& view, const View& like, int64_t cols) {
-  check_shape(name, view, like.rows, cols);
-  check_dtype(name, view, like.dtype);
-  if (view && view.dtype == DType::bfloat16)
+void check_batch(const char* name, const Batch& batch, const Batch& like, int64_t rows, int64_t cols, bool is_complex) {
+  if (!batch) return;
+  const auto size = [](int64_t count, int64_t rows, int64_t cols) {
+    return std::to_string(count) + " of " + std::to_string(rows) + " x " + std::to_string(cols);
+  };
+  const int64_t count = batch.matrices.rows, wanted = like.matrices.rows;
+  if (count != wanted || batch.rows != rows || batch.cols != cols)
+    throw py::value_error(std::string(name) + " is " + size(count, batch.rows, batch.cols) + ", but must be " +
+                          size(wanted, rows, cols));
+  if (batch.is_complex != is_complex) throw py::type_error(std::string(name) + " has the wrong dtype");
+  check_dtype(name, batch.matrices, like.matrices.dtype);
+  if (batch.matrices.dtype == DType::bfloat16)
     throw py::type_error(std::string(name) + " is bfloat16, but must be float32 or float64");
-  const bool contiguous = view.rows * view.cols == 0 || ((view.cols == 1 || view.col_stride == 1) &&
-                                                         (view.rows == 1 || view.row_stride == view.cols));
-  if (view && !contiguous) throw py::value_error(std::string(name) + " must be contiguous");
 }
 
 void check_threads(int threads) {
@@ -42,19 +133,6 @@ void check_threads(int threads) {
 }
 
 void bind_common(py::module_& m) {
-  py::class_<View>(m, "View", "A strided matrix in memory that Python owns.")
-      .def(py::init([](uintptr_t data, const std::string& dtype, int64_t rows, int64_t cols, int64_t row_stride,
-                       int64_t col_stride) {
-             if (rows < 0 || cols < 0) throw py::value_error("rows and cols must not be negative");
-             View view{reinterpret_cast<void*>(data), parse_dtype(dtype), rows, cols, row_stride, col_stride};
-             // An empty tensor has no address, yet it was given: any address that is not null says so.
-             if (!view.data && rows * cols == 0) view.data = &view_of_nothing;
-             if (!view.data) throw py::value_error("data is null");
-             return view;
-           }),
-           py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("row_stride"),
-           py::arg("col_stride"));
-
   m.def("isa", [] { return current_isa().name; }, "The instruction set in use.");
   m.def(
       "isas",
@@ -64,6 +142,20 @@ void bind_common(py::module_& m) {
         return names;
       },
       "The instruction sets that this build has and this processor runs, best first.");
+  m.def(
+      "processor",
+      [] {
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        if (__builtin_cpu_is("intel")) return "intel";
+        if (__builtin_cpu_is("amd")) return "amd";
+#endif
+        return "other";
+      },
+      "Who made the processor: intel, amd or other.");
+  m.def(
+      "bf16_rate", [] { return current_isa().bf16_rate; },
+      "How many times faster bfloat16 numbers are multiplied than float32's, by the instruction set in use.");
   m.def("select_isa", &select_isa, py::arg("name"), "Use this instruction set from now on.");
 }
 

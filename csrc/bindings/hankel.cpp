@@ -8,43 +8,43 @@ namespace kd {
 void bind_hankel(py::module_& m) {
   m.def(
       "hankel",
-      [](const View& Lambda, const View& B, const View& C, int64_t n, int64_t m, int64_t p, bool is_complex,
-         const MaybeView& factor_c, const MaybeView& factor_o, const MaybeView& residual_c, const MaybeView& residual_o,
-         const MaybeView& values, const MaybeView& T, const MaybeView& W, int threads) {
+      [](const Batch& Lambda, const Batch& B, const Batch& C, const Batch& factor_c, const Batch& factor_o,
+         const Batch& residual_c, const Batch& residual_o, const Batch& values, const Batch& T, const Batch& W,
+         int threads) {
         check_threads(threads);
-        if (n < 0 || m < 0 || p < 0) throw py::value_error("n, m and p must not be negative");
-        const int64_t parts = is_complex ? 2 : 1;
-        const Hankel call{Lambda,
-                          B,
-                          C,
-                          or_absent(factor_c),
-                          or_absent(factor_o),
-                          or_absent(residual_c),
-                          or_absent(residual_o),
-                          or_absent(values),
-                          or_absent(T),
-                          or_absent(W),
+        for (const Batch* given : {&Lambda, &B, &C}) check_given("a system", given->matrices);
+        const int64_t n = Lambda.rows, m = B.cols, p = C.rows;
+        const bool is_complex = Lambda.is_complex;
+        check_batch("Lambda", Lambda, Lambda, n, 1, is_complex);
+        check_batch("B", B, Lambda, n, m, is_complex);
+        check_batch("C", C, Lambda, p, n, is_complex);
+        check_batch("factor_c", factor_c, Lambda, n, n, is_complex);
+        check_batch("factor_o", factor_o, Lambda, n, n, is_complex);
+        check_batch("residual_c", residual_c, Lambda, n + 1, 1, false);
+        check_batch("residual_o", residual_o, Lambda, n + 1, 1, false);
+        check_batch("values", values, Lambda, n, 1, false);
+        check_batch("T", T, Lambda, n, n, is_complex);
+        check_batch("W", W, Lambda, n, n, is_complex);
+        const Hankel call{Lambda.matrices,
+                          B.matrices,
+                          C.matrices,
+                          factor_c.matrices,
+                          factor_o.matrices,
+                          residual_c.matrices,
+                          residual_o.matrices,
+                          values.matrices,
+                          T.matrices,
+                          W.matrices,
                           n,
                           m,
                           p,
                           is_complex};
-        check_batch("Lambda", call.Lambda, Lambda, n * parts);
-        check_batch("B", call.B, Lambda, n * m * parts);
-        check_batch("C", call.C, Lambda, p * n * parts);
-        check_batch("factor_c", call.factor_c, Lambda, n * n * parts);
-        check_batch("factor_o", call.factor_o, Lambda, n * n * parts);
-        check_batch("residual_c", call.residual_c, Lambda, n + 1);
-        check_batch("residual_o", call.residual_o, Lambda, n + 1);
-        check_batch("values", call.values, Lambda, n);
-        check_batch("T", call.T, Lambda, n * n * parts);
-        check_batch("W", call.W, Lambda, n * n * parts);
         const auto& kernels = *current_isa().hankel;
         py::gil_scoped_release release;
         kernels.hankel(call, threads);
       },
-      py::arg("Lambda"), py::arg("B"), py::arg("C"), py::arg("n"), py::arg("m"), py::arg("p"), py::arg("is_complex"),
-      py::arg("factor_c"), py::arg("factor_o"), py::arg("residual_c"), py::arg("residual_o"), py::arg("values"),
-      py::arg("T"), py::arg("W"), py::arg("threads"));
+      py::arg("Lambda"), py::arg("B"), py::arg("C"), py::arg("factor_c"), py::arg("factor_o"), py::arg("residual_c"),
+      py::arg("residual_o"), py::arg("values"), py::arg("T"), py::arg("W"), py::arg("threads"));
 }
 
 }  // namespace kd

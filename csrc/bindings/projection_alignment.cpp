@@ -8,7 +8,7 @@
 namespace kd {
 namespace {
 
-using Six = std::array<MaybeView, 6>;  // student, teacher, student_proj, teacher_proj, student_bias, teacher_bias
+using Six = std::array<View, 6>;  // student, teacher, student_proj, teacher_proj, student_bias, teacher_bias
 
 Metric parse_metric(const std::string& name) {
   if (name == "cosine") return Metric::cosine;
@@ -17,8 +17,8 @@ Metric parse_metric(const std::string& name) {
   throw py::value_error("metric is '" + name + "', but must be cosine, mse or angular");
 }
 
-Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeView& weights, double divisor,
-                         const MaybeView& losses, const MaybeView& total, const std::string& metric,
+Alignment make_alignment(const Six& operands, const Six& gradients, const View& weights, double divisor,
+                         const View& losses, const View& total, const std::string& metric,
                          const std::string& accumulate) {
   static constexpr const char* names[] = {"student",      "teacher",      "student_proj",
                                           "teacher_proj", "student_bias", "teacher_bias"};
@@ -26,9 +26,8 @@ Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeV
   p.metric = parse_metric(metric);
   p.accumulate = accumulate == "float64" ? DType::float64 : DType::float32;
   for (int x = 0; x < 2; ++x) {
-    p.sides[x] = {or_absent(operands[x]),  or_absent(operands[2 + x]),  or_absent(operands[4 + x]),
-                  or_absent(gradients[x]), or_absent(gradients[2 + x]), or_absent(gradients[4 + x])};
-    if (!p.sides[x].points) throw py::value_error(std::string(names[x]) + " is missing");
+    p.sides[x] = {operands[x], operands[2 + x], operands[4 + x], gradients[x], gradients[2 + x], gradients[4 + x]};
+    check_given(names[x], p.sides[x].points);
   }
   p.N = p.sides[0].points.rows;
   p.D = p.sides[0].proj ? p.sides[0].proj.rows : p.sides[0].points.cols;
@@ -44,10 +43,10 @@ Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeV
     if (!side.proj && (side.bias || side.grad_proj || side.grad_bias))
       throw py::value_error(std::string(names[x]) + " has no projection, so it has no bias and no gradient of either");
   }
-  p.weights = or_absent(weights);
+  p.weights = weights;
   p.divisor = divisor;
-  p.losses = or_absent(losses);
-  p.total = or_absent(total);
+  p.losses = losses;
+  p.total = total;
   check_shape("weights", p.weights, p.N, 1);
   check_dtype("weights", p.weights, p.accumulate);
   check_shape("losses", p.losses, p.N, 1);
@@ -55,8 +54,8 @@ Alignment make_alignment(const Six& operands, const Six& gradients, const MaybeV
   return p;
 }
 
-Grams make_grams(const Alignment& p, const View& factor, const MaybeView& teacher_tails, bool tails_known,
-                 const MaybeView& teacher_heads, bool heads_known) {
+Grams make_grams(const Alignment& p, const View& factor, const View& teacher_tails, bool tails_known,
+                 const View& teacher_heads, bool heads_known) {
   for (const AlignmentSide& side : p.sides) {
     if (!side.proj) throw py::value_error("gram needs both projections");
     if (side.bias) throw py::value_error("gram takes a bias as one more input column");
@@ -64,7 +63,7 @@ Grams make_grams(const Alignment& p, const View& factor, const MaybeView& teache
   const int64_t K = p.sides[0].proj.cols + p.sides[1].proj.cols;
   check_shape("factor", factor, K, K);
   check_dtype("factor", factor, p.accumulate);
-  Grams grams{factor, or_absent(teacher_tails), or_absent(teacher_heads), tails_known, heads_known};
+  Grams grams{factor, teacher_tails, teacher_heads, tails_known, heads_known};
   check_shape("teacher_tails", grams.teacher_tails, p.N, 1);
   check_dtype("teacher_tails", grams.teacher_tails, DType::float64);
   check_shape("teacher_heads", grams.teacher_heads, p.N, p.sides[0].proj.cols);
@@ -106,14 +105,14 @@ void bind_projection_alignment(py::module_& m) {
 
   m.def(
       "projection_alignment",
-      [](const Six& operands, const Six& gradients, const MaybeView& weights, double divisor, const MaybeView& losses,
-         const MaybeView& total, const std::string& metric, const std::string& accumulate, int threads,
-         const MaybeView& factor, const MaybeView& teacher_tails, bool tails_known, const MaybeView& teacher_heads,
-         bool heads_known) {
+      [](const Six& operands, const Six& gradients, const View& weights, double divisor, const View& losses,
+         const View& total, const std::string& metric, const std::string& accumulate, int threads, const View& factor,
+         const View& teacher_tails, bool tails_known, const View& teacher_heads, bool heads_known) {
         check_threads(threads);
-        const Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
+        Alignment p = make_alignment(operands, gradients, weights, divisor, losses, total, metric, accumulate);
+        p.bf16 = current_isa().bf16;
         const Grams grams =
-            factor ? make_grams(p, *factor, teacher_tails, tails_known, teacher_heads, heads_known) : Grams{};
+            factor ? make_grams(p, factor, teacher_tails, tails_known, teacher_heads, heads_known) : Grams{};
         const auto& kernels = *current_isa().projection_alignment;
         py::gil_scoped_release release;
         factor ? kernels.gram(p, grams, threads) : kernels.direct(p, threads);

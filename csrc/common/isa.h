@@ -6,6 +6,7 @@
 
 namespace kd {
 
+struct Bf16Tile;
 struct HankelKernels;
 struct LoraLinearKernels;
 struct ProjectionAlignmentKernels;
@@ -18,6 +19,8 @@ struct Isa {
   const LoraLinearKernels* lora_linear;
   const SvdKernels* svd;
   const HankelKernels* hankel;
+  const Bf16Tile* bf16;  // products of bfloat16 numbers by instructions of their own, or null
+  int bf16_rate;         // how many times faster than float32's they are, as measured
 };
 
 // Best first. Only those this processor can run.

@@ -3,7 +3,7 @@
 #include "alignment_rows.h"
 #include "cholesky.h"
 #include "fingerprint.h"
-#include "gemm.h"
+#include "gemm_bf16.h"
 
 namespace kd::KD_ISA {
 namespace {
@@ -75,13 +75,12 @@ void write_block(const Walk<T>& walk, const View& out, int64_t begin, int64_t co
   });
 }
 
-// grad_points rows = A (count, k) · B, straight into the gradient where its layout allows.
-template <class T>
-void multiply_into_rows(const Walk<T>& walk, const View& out, int64_t begin, int64_t count, int64_t k, Operand<T> A,
-                        Operand<T> B, T* scratch, Band band = {}) {
+// grad_points rows = multiply(to, how far apart they are), straight into the gradient where its layout allows.
+template <class T, class F>
+void multiply_into_rows(const Walk<T>& walk, const View& out, int64_t begin, int64_t count, T* scratch, F&& multiply) {
   const bool direct = out.dtype == kDType<T> && walk.points.all(walk.p.N);
   T* to = direct ? static_cast<T*>(out.data) + begin * out.row_stride : scratch;
-  gemm(walk.threads, count, out.cols, k, A, B, to, direct ? out.row_stride : out.cols, false, band);
+  multiply(to, direct ? out.row_stride : out.cols);
   if (!direct) write_block(walk, out, begin, count, scratch);
 }
 
@@ -112,6 +111,29 @@ PointGradient compare(Metric metric, int64_t D, int64_t n, const T* z_s, const T
   return cosine_point(dot(z_s, z_s, n), dot(z_s, z_t, n), dot(z_t, z_t, n) + tail, metric == Metric::angular);
 }
 
+// A projection's products. Where points and projection are bfloat16 and the processor multiplies that, their own are
+// exact and what is differentiated is rounded to bfloat16 before it meets them, as autograd would; sums are float32.
+template <class T>
+class Multiplier {
+ public:
+  Multiplier(const Alignment& p, const AlignmentSide& side)
+      : tile_(sizeof(T) == sizeof(float) && kVectorBytes == 64 && side.points.dtype == DType::bfloat16 &&
+                      side.proj.dtype == DType::bfloat16
+                  ? p.bf16
+                  : nullptr) {}
+  void operator()(int threads, int64_t M, int64_t N, int64_t K, Operand<T> A, Operand<T> B, T* C, int64_t ldc,
+                  bool accumulate = false) const {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == sizeof(float))
+      if (tile_) return gemm_bf16(*tile_, threads, M, N, K, A, 1, B, C, ldc, accumulate);
+#endif
+    gemm(threads, M, N, K, A, B, C, ldc, accumulate);
+  }
+
+ private:
+  const Bf16Tile* tile_;
+};
+
 template <class T>
 void direct(const Alignment& p, int available_threads) {
   const int64_t D = p.D;
@@ -130,13 +152,14 @@ void direct(const Alignment& p, int available_threads) {
     if (side.grad_bias) sides[x].bias_sum = Buffer<double>(D);
     for (int64_t j = 0; side.grad_bias && j < D; ++j) sides[x].bias_sum[j] = 0;
   }
+  const Multiplier<T> multiply[2] = {{p, p.sides[0]}, {p, p.sides[1]}};
   Accumulator<T> dw[2] = {Accumulator<T>(p.sides[0].grad_proj), Accumulator<T>(p.sides[1].grad_proj)};
   Buffer<T> scratch(threads * 2 * D);
 
   walk.each([&](int64_t begin, int64_t count) {
     for (int x = 0; x < 2; ++x)
       if (const View& W = p.sides[x].proj)
-        gemm(threads, count, D, W.cols, walk.block_of(x), operand<T>(W).transposed(), sides[x].z.get(), D);
+        multiply[x](threads, count, D, W.cols, walk.block_of(x), operand<T>(W).transposed(), sides[x].z.get(), D);
 
     parallel_for(threads, ceil_div(count, kRowGrain), [&](int64_t chunk, int worker) {
       for (int64_t i = chunk * kRowGrain; i < min(count, (chunk + 1) * kRowGrain); ++i) {
@@ -165,10 +188,12 @@ void direct(const Alignment& p, int available_threads) {
       if (!side.proj) continue;
       const Operand<T> dz = operand(sides[x].z.get(), D);
       if (side.grad_proj)
-        gemm(threads, D, side.proj.cols, count, dz.transposed(), walk.block_of(x), dw[x].data(), side.proj.cols,
-             dw[x].started());
+        multiply[x](threads, D, side.proj.cols, count, dz.transposed(), walk.block_of(x), dw[x].data(), side.proj.cols,
+                    dw[x].started());
       if (side.grad_points)
-        multiply_into_rows(walk, side.grad_points, begin, count, D, dz, operand<T>(side.proj), sides[x].dx.get());
+        multiply_into_rows(walk, side.grad_points, begin, count, sides[x].dx.get(), [&](T* to, int64_t stride) {
+          multiply[x](threads, count, side.proj.cols, D, dz, operand<T>(side.proj), to, stride);
+        });
       if (side.grad_bias)
         parallel_chunks(threads, D, 256, [&](int64_t j0, int64_t j1) {
           for (int64_t i = 0; i < count; ++i)
@@ -299,11 +324,13 @@ void gram(const Alignment& p, const Grams& grams, int available_threads) {
     });
     walk.add_losses(count);
     if (p.sides[0].grad_points)
-      multiply_into_rows(walk, p.sides[0].grad_points, begin, count, d_s, operand(y_s.get(), d_s), R_s, dx.get(),
-                         {Band::upper});
+      multiply_into_rows(walk, p.sides[0].grad_points, begin, count, dx.get(), [&](T* to, int64_t stride) {
+        gemm(threads, count, d_s, d_s, operand(y_s.get(), d_s), R_s, to, stride, false, {Band::upper});
+      });
     if (p.sides[1].grad_points)
-      multiply_into_rows(walk, p.sides[1].grad_points, begin, count, K, operand(y_t.get(), K), R_t, dx.get(),
-                         {Band::upper, d_s});
+      multiply_into_rows(walk, p.sides[1].grad_points, begin, count, dx.get(), [&](T* to, int64_t stride) {
+        gemm(threads, count, d_t, K, operand(y_t.get(), K), R_t, to, stride, false, {Band::upper, d_s});
+      });
     moments.add(count);
   });
   moments.finish();

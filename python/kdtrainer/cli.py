@@ -5,23 +5,46 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import kdtrainer
-from kdtrainer.config import BUDGET, TEACHERS, Config
+from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
 
-NEEDED = {"sklearn": "scikit-learn", "rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
+BOTH_NEED = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
+NEEDED = {  # the extra that has them, and module: package
+    "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
+    "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
+}
 DONE, OVER_BUDGET, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: --compare found the backends too far apart; 2: the run was refused; 130: Ctrl-C."""
+    """0: done; 1: the two ways that were compared are too far apart; 2: the run was refused; 130: Ctrl-C."""
     chosen = parser().parse_args(arguments)
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    extra, needed = NEEDED[chosen.experiment]
+    missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
-        return complain(f"{' and '.join(missing)} must be installed: pip install 'kdkernels[trainer]'", REFUSED)
+        return complain(f"{' and '.join(missing)} must be installed: pip install 'kdkernels[{extra}]'", REFUSED)
+    return whisper_step(chosen) if chosen.experiment == "whisper-step" else digits(chosen)
+
+
+def whisper_step(chosen: argparse.Namespace) -> int:
+    config = StepConfig(chosen.seed, chosen.steps, chosen.batch, chosen.dimension, chosen.threads, chosen.budget)
     try:
-        from kdtrainer import digits, train  # not above: they need the packages looked for here
+        from kdtrainer import step
+
+        return DONE if step.run(config, chosen.out, chosen.json) else OVER_BUDGET
+    except (RunError, OSError) as error:
+        return complain(str(error), REFUSED)
+    except KeyboardInterrupt:
+        return complain("interrupted; nothing was kept", INTERRUPTED)
+
+
+def digits(chosen: argparse.Namespace) -> int:
+    try:
+        from kdtrainer import digits as experiment
+        from kdtrainer import train  # not above: they need the packages looked for here
     except KeyboardInterrupt:
         return complain("interrupted before anything was trained", INTERRUPTED)
     config = Config(
@@ -36,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backend=chosen.backend,
         threads=chosen.threads,
     )
-    options = digits.Options(chosen.out, chosen.resume, chosen.compare, chosen.checkpoint_every, chosen.budget)
+    options = experiment.Options(chosen.out, chosen.resume, chosen.compare, chosen.checkpoint_every, chosen.budget)
     again = f"add --resume to the same command to go on, bit for bit (checkpoints are in {chosen.out})"
     try:
-        return DONE if digits.run(config, options) else OVER_BUDGET
+        return DONE if experiment.run(config, options) else OVER_BUDGET
     except (RunError, OSError) as error:
         return complain(str(error), REFUSED)
     except (train.Interrupted, KeyboardInterrupt):
@@ -53,7 +76,14 @@ def complain(message: str, code: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m kdtrainer", description=kdtrainer.__doc__)
-    digits = top.add_subparsers(dest="experiment", required=True).add_parser(
+    experiments = top.add_subparsers(dest="experiment", required=True)
+    add_digits(experiments)
+    add_whisper_step(experiments)
+    return top
+
+
+def add_digits(experiments: Any) -> None:
+    parser = experiments.add_parser(
         "digits",
         help="teachers of several architectures into one small student, on handwritten digits",
         description="Train teachers on all labels of scikit-learn's digits, then a small student that sees few labels, "
@@ -62,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     d = Config()
-    add = digits.add_argument
+    add = parser.add_argument
     add("--out", type=Path, default=Path("runs/digits"), metavar="DIR", help="a fresh run replaces one that is there")
     add("--resume", action="store_true", help="go on from the checkpoints in DIR, to the same bits")
     add("--seed", type=number(int, 0), default=d.seed, help="of weights, batches and the choice of labelled images")
@@ -78,7 +108,28 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=number(float, 0.0), default=BUDGET, help="relative deviation that --compare allows")
     add("--threads", type=number(int, 1), default=d.threads, help="of torch; the models are small")
     add("--checkpoint-every", type=number(int, 1), default=50, metavar="STEPS", help="and at the end of each part")
-    return top
+
+
+def add_whisper_step(experiments: Any) -> None:
+    parser = experiments.add_parser(
+        "whisper-step",
+        help="how long a distillation step takes, by plain PyTorch and PEFT and by kdkernels",
+        description="Time a training step that distils a model of Whisper tiny.en's shape into its first layers: LoRA, "
+        "alignment of the last encoder state, soft targets; by plain PyTorch and PEFT and by kdkernels, in turns. "
+        "Random weights and inputs: nothing is downloaded. Steps without dropout, before those that are timed, show "
+        "that both train the same; exit 1 if they do not.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    d = StepConfig()
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/whisper-step"), metavar="DIR", help="of report.json and step.png")
+    add("--json", action="store_true", help="print the report, not the table")
+    add("--seed", type=number(int, 0), default=d.seed, help="of weights, inputs and masks")
+    add("--steps", type=number(int, 1), default=d.steps, help="to time")
+    add("--batch", type=number(int, 1), default=d.batch, help="clips of 30 s in a step")
+    add("--dimension", type=number(int, 1), default=d.dimension, metavar="D", help="of the shared space")
+    add("--threads", type=number(int, 0), default=d.threads, help="of torch; 0: as many as it takes")
+    add("--budget", type=number(float, 0.0), default=d.budget, help="relative deviation of the steps without dropout")
 
 
 def number(kind: Callable[[str], float], least: float) -> Callable[[str], float]:

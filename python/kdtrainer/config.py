@@ -35,3 +35,18 @@ class Config:
     def seed_of(self, name: str) -> int:
         """A seed for one part of the run, so that no part depends on what ran before it."""
         return zlib.crc32(f"{self.seed}/{name}".encode())
+
+
+PHASES = ("teacher forward", "student forward", "alignment", "soft targets", "student backward", "optimiser")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Of `whisper-step`."""
+
+    seed: int = 0
+    steps: int = 3  # timed
+    batch: int = 4  # clips of 30 s
+    dimension: int = 4096  # D
+    threads: int = 0  # 0: as many as torch takes
+    budget: float = BUDGET

@@ -14,8 +14,8 @@ import numpy as np
 from kdtrainer.config import Config
 from kdtrainer.report import Row, meaning
 
-GREY, BLUE, LIGHT_BLUE, RED = "#8c8c8c", "#4c78a8", "#a6c3e0", "#e4572e"
-COLOURS = {"student": BLUE, "student-all-labels": LIGHT_BLUE, "distilled": RED, "distilled-reference": "black"}
+GREY, BLUE, LIGHT_BLUE, RED, LIGHT_RED = "#8c8c8c", "#4c78a8", "#a6c3e0", "#e4572e", "#f3b3a0"
+COLOURS = {"student": BLUE, "student-all-labels": LIGHT_BLUE, "distilled": RED, "distilled-reference": LIGHT_RED}
 SMOOTHING = 10  # steps averaged for a curve
 
 
@@ -25,7 +25,7 @@ def loss_curves(records: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for task in (name for name in COLOURS if name in records):
         style = {"color": COLOURS[task], "label": task, "linewidth": 1.5}
         if task == "distilled-reference":
-            style |= {"linestyle": ":", "linewidth": 1.2}
+            style |= {"color": "black", "linestyle": ":", "linewidth": 1.2}  # on the line that it repeats
         rows = records[task]
         steps = np.array([row["step"] for row in rows])
         cross_entropy = np.array([row.get("cross_entropy", row["loss"]) for row in rows])

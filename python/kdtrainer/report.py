@@ -94,6 +94,12 @@ def meaning(row: Row, config: Config) -> str:
     return text.format(few=10 * config.labels, rank=config.lora_rank)
 
 
+def console() -> Console:
+    """A pipe or a log has no edge at which to wrap."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=160)
+
+
 def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None) -> None:
     table = Table(title=f"digits, seed {config.seed}, backend {config.backend}", title_justify="left", box=box.SIMPLE)
     for name in ("model", "trained on"):
@@ -104,28 +110,27 @@ def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None
         style = "bold" if row.name == "distilled" else ""
         cells = (row.name, meaning(row, config), f"{row.parameters:,}", f"{row.accuracy:.1%}", f"{row.seconds:.1f} s")
         table.add_row(*cells, style=style)
-    console = Console()
-    if not console.is_terminal:  # a pipe or a log has no edge at which to wrap
-        console = Console(width=160)
-    console.print(table)
+    terminal = console()
+    terminal.print(table)
     by_name = {row.name: row for row in rows}
     gain = by_name["distilled"].accuracy - by_name["student"].accuracy
-    console.print(f"Distillation changes the student's accuracy by {100 * gain:+.1f} points.")
+    terminal.print(f"Distillation changes the student's accuracy by {100 * gain:+.1f} points.")
     lora = adapters(rows, config)
     if lora is not None:
-        console.print(
+        terminal.print(
             f"LoRA of rank {lora.rank} trains {lora.trained_parameters:,} parameters: {lora.share:.2%} of the "
             f"teachers' {lora.teachers_parameters:,}."
         )
     if found is not None:
         seconds = by_name["distilled"].seconds, by_name["distilled-reference"].seconds
         verdict = "within" if found.within_budget else "ABOVE"
-        console.print(
+        terminal.print(
             f"{config.backend} against reference, over {config.steps} steps: loss deviates by {found.loss:.2g}, "
             f"final weights by {found.weights:.2g} (relative), {verdict} the budget of {found.budget:g}; "
-            f"{seconds[0]:.1f} s against {seconds[1]:.1f} s"
+            f"{seconds[0]:.1f} s against {seconds[1]:.1f} s, no measure of speed: the models are too small "
+            "(`python -m kdtrainer whisper-step` times a larger pair)"
         )
-    console.print(f"report.json, metrics.jsonl, loss.png, accuracy.png and checkpoints are in {out}", highlight=False)
+    terminal.print(f"report.json, metrics.jsonl, loss.png, accuracy.png and checkpoints are in {out}", highlight=False)
 
 
 def write(path: Path, config: Config, rows: Sequence[Row], found: Deviation | None) -> None:

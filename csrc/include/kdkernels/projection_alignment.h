@@ -24,6 +24,8 @@ struct AlignmentSide {
   View grad_points, grad_proj, grad_bias;
 };
 
+struct Bf16Tile;
+
 struct Alignment {
   AlignmentSide sides[2];  // student, teacher
   View weights;            // (N, 1) in the accumulation dtype, or absent; weight 0 means "no such point"
@@ -33,6 +35,7 @@ struct Alignment {
   DType accumulate = DType::float32;  // float32 or float64
   View losses;                        // (N, 1), or absent
   View total;                         // (1, 1), or absent
+  const Bf16Tile* bf16 = nullptr;     // how bfloat16 numbers are multiplied, if there are instructions for it
 };
 
 // With K = d_s + d_t and the Cholesky factorisation [W_s W_t]ᵀ[W_s W_t] = RᵀR, the points y_s = R[:, :d_s] s and

@@ -1,5 +1,6 @@
 """`gramian_factors`, `hankel_singular_values` and `hankel_energy`: checks and the choice of implementation."""
 
+from math import isnan
 from typing import Any, NamedTuple
 
 import torch
@@ -200,5 +201,5 @@ def _refuse_unstable(systems: Systems, results: list[Tensor]) -> None:
     """Unstable systems give NaN: only then are they looked for, and only where that makes nobody wait."""
     if watched(results):
         return
-    if any(x.device.type == "cpu" and bool(x.detach().sum().isnan()) for x in results):
+    if any(x.device.type == "cpu" and isnan(x.detach().sum().item()) for x in results):
         systems.refuse_unstable()

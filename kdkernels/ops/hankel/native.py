@@ -9,7 +9,7 @@ from torch import Tensor
 from kdkernels import _native
 from kdkernels.ops.hankel.kernel import horizon_factor, negligible, projectors, wide
 from kdkernels.ops.svd import native
-from kdkernels.ops.svd.native import adjoint, flat
+from kdkernels.ops.svd.native import adjoint
 
 LARGEST = 100  # orders up to here have their decomposition here: slower than LAPACK from about 80 on, but every σ right
 
@@ -64,12 +64,11 @@ ROOMS = ("factor_c", "factor_o", "residual_c", "residual_o", "values", "T", "W")
 
 def run(Lambda: Tensor, B: Tensor, C: Tensor, **rooms: Tensor) -> None:
     """Fill the rooms that are given."""
-    N, n, m = B.shape
+    N, n, _ = B.shape
     if not N or not n:
         return
     operands = [x.resolve_conj().resolve_neg().contiguous() for x in (Lambda, B, C)]  # alive until the call is over
-    views = [_native.view(flat(x)) for x in (*operands, *(rooms.get(name) for name in ROOMS))]
-    arguments = (*views[:3], n, m, C.shape[-2], B.is_complex(), *views[3:])
+    arguments = (*operands, *(rooms.get(name) for name in ROOMS))
     if B.is_cuda:
         _native.launch("cuda_hankel", B.device, *arguments)
     else:

@@ -88,10 +88,19 @@ def generator_cholesky(Lambda: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def hankel_energy(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None = None) -> Tensor:
     """Σσ² = tr(PQ) = Σ_ij (BBᴴ)_ij (CᴴC)_ji κ(λ_i λ_j*)²: (...)."""
-    (Lambda_, B_, C_), poison = isolate(Lambda, B, C, horizon)
-    value, _ = kappa(Lambda_, horizon, Lambda.dtype)
-    products = (B_ @ B_.mH) * (C_.mH @ C_).mT * value * value
-    return (products.real.sum((-2, -1)) + poison).to(B.real.dtype)
+    Lambda_, B_, C_ = map(wide, (Lambda, B, C))
+    value, slope = kappa(Lambda_, horizon, Lambda.dtype)
+    energy = ((B_ @ B_.mH) * (C_.mH @ C_).mT * (slope if horizon is None else value * value)).real.sum((-2, -1))
+    good = B_.detach().isfinite().all(-1).all(-1) & C_.detach().isfinite().all(-1).all(-1)
+    if (
+        horizon is None
+    ):  # 1/κ of a state with itself is 1 − |λ|²: at least 0 to its last bit, and then the state is stable
+        good = good & (value.detach().diagonal(0, -2, -1).real.reciprocal() > 0).all(-1)
+    else:
+        good = good & Lambda_.detach().isfinite().all(-1)
+        energy = energy + 0 * Lambda_.real.sum(-1)  # one step does not depend on it, but its gradient is 0
+    # a factor, so that the gradients of what cannot be served are NaN too; no system meets another's numbers
+    return (energy * torch.where(good, 1.0, torch.nan)).to(B.real.dtype)
 
 
 def isolate(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.library import needs as needed
 from kdkernels.library import operator
 from kdkernels.ops.hankel import gradient, native
 
@@ -16,14 +17,13 @@ TWICE = "hankel_singular_values' accelerated backward cannot be differentiated a
 NO_GRADIENT = "gramian_factors has no accelerated backward; use backend='reference' for that"
 
 
-@operator("kdkernels::hankel_singular_values")
+@operator("kdkernels::hankel_singular_values", visible=slice(1))
 def hankel_singular_values(
     Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """σ (N, n) and, with `vectors`, T and W (N, n, n) in float64, which backward needs; else they are empty."""
+    """σ (N, n) and, with `vectors`, T and W (N, n, n) in float64, which backward needs; else they are None."""
     if not vectors:
-        none = Lambda.new_empty(0)
-        return native.values(Lambda, B, C, horizon or None), none, none.clone()
+        return native.values(Lambda, B, C, horizon or None), None, None  # type: ignore[return-value]
     sigma, T, W = native.balance(Lambda, B, C, horizon or None)
     return sigma.to(B.real.dtype), T, W
 
@@ -33,7 +33,7 @@ def _(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool) -> tupl
     N, n = Lambda.shape
     sigma = B.new_empty(N, n, dtype=B.real.dtype)
     if not vectors:
-        return sigma, Lambda.new_empty(0), Lambda.new_empty(0)
+        return sigma, None, None  # type: ignore[return-value]
     dtype = torch.complex128 if B.is_complex() else torch.float64
     return sigma, B.new_empty(N, n, n, dtype=dtype), B.new_empty(N, n, n, dtype=dtype)
 
@@ -42,16 +42,16 @@ def _(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int, vectors: bool) -> tupl
 def hankel_singular_values_backward(
     grad: Tensor, Lambda: Tensor, B: Tensor, C: Tensor, T: Tensor, W: Tensor, horizon: int, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients of Lambda, B and C; those not in `needs` are empty."""
+    """The gradients of Lambda, B and C; those not in `needs` are None."""
     found = gradient.backward(grad, Lambda, B, C, T, W, horizon or None, needs)
-    return [B.new_empty(0) if x is None else x.contiguous() for x in found]
+    return [None if x is None else x.contiguous() for x in found]  # type: ignore[misc]
 
 
 @hankel_singular_values_backward.register_fake
 def _(
     grad: Tensor, Lambda: Tensor, B: Tensor, C: Tensor, T: Tensor, W: Tensor, horizon: int, needs: Sequence[bool]
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape if need else 0) for x, need in zip((Lambda, B, C), needs, strict=True)]
+    return [x.new_empty(x.shape) if need else None for x, need in zip((Lambda, B, C), needs, strict=True)]  # type: ignore[misc]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -65,7 +65,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tup
         return (None,) * 5
     if not ctx.vectors:
         raise RuntimeError("kdkernels::hankel_singular_values has a gradient only with vectors=True")
-    needs = list(ctx.needs_input_grad[:3])
+    needs = [bool(need) for need in needed(ctx)[:3]]
     found = hankel_singular_values_backward(grad, *ctx.saved_tensors, ctx.horizon, needs)
     return *(x if need else None for x, need in zip(found, needs, strict=True)), None, None
 

@@ -7,7 +7,7 @@ different sizes becomes a few batches, padded with states that nothing reaches: 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,15 @@ from kdkernels import backend as backends
 from kdkernels.contract import Contract, check_tensor
 from kdkernels.ops.hankel.kernel import wide
 from kdkernels.ops.hankel.reference import inside
+from kdkernels.plans import Plans
 
 CONTRACT = Contract(backends.REAL_OR_COMPLEX, Lambda="* n", B="* n m", C="* p n")
 NAMES = ("Lambda", "B", "C")
+PLANS = Plans()
 Operand = Tensor | Sequence[Tensor]
 
 
-@dataclass(frozen=True)
-class System:
+class System(NamedTuple):
     """One argument triple with common leading dimensions and dtype."""
 
     Lambda: Tensor  # (..., n)
@@ -43,8 +44,10 @@ class System:
 
     def flat(self) -> "System":
         """(N, n), (N, n, m), (N, p, n)."""
-        N = prod(self.leading)
-        return System(*(x.reshape(N, *x.shape[len(self.leading) :]) for x in (self.Lambda, self.B, self.C)))
+        leading = self.leading
+        if len(leading) == 1:
+            return self
+        return System(*(x.reshape(prod(leading), *x.shape[len(leading) :]) for x in self))
 
     def padded(self, n: int, m: int, p: int) -> "System":
         """The same with more states, inputs and outputs."""
@@ -81,13 +84,22 @@ class Systems:
 
         A result is a tensor or a tuple of tensors; each of its `cuts` takes off the states that were padded.
         """
+        if not self.is_list:
+            member = self.members[0]
+            found = compute(*member.flat())
+            if len(member.leading) == 1:
+                return found
+            shapes = ((*member.leading, *x.shape[1:]) for x in ((found,) if isinstance(found, Tensor) else found))
+            if isinstance(found, Tensor):
+                return found.reshape(next(shapes))
+            return tuple(x.reshape(shape) for x, shape in zip(found, shapes, strict=True))
         results: list[Any] = [None] * len(self.members)
         for places, n, m, p in self._buckets():
             parts = [self.members[i].flat().padded(n, m, p) for i in places]
             whole = parts[0]
             if len(parts) > 1:
-                whole = System(*(torch.cat([getattr(part, name) for part in parts]) for name in NAMES))
-            found = compute(whole.Lambda, whole.B, whole.C)
+                whole = System(*map(torch.cat, zip(*parts, strict=True)))
+            found = compute(*whole)
             outputs = (found,) if isinstance(found, Tensor) else found
             counts = [len(part.Lambda) for part in parts]
             for i, piece in zip(places, zip(*(x.split(counts) for x in outputs), strict=True), strict=True):
@@ -98,14 +110,13 @@ class Systems:
                         tuple(cut(x, member.order) for cut, x in zip(cuts, shaped, strict=True)) if cuts else shaped
                     )
                 results[i] = shaped[0] if isinstance(found, Tensor) else shaped
-        return results if self.is_list else results[0]
+        return results
 
     def _buckets(self) -> Iterator[tuple[list[int], int, int, int]]:
         """Places of systems that go together, and the sizes they are padded to."""
         buckets: dict[Any, list[int]] = {}
         for i, member in enumerate(self.members):
-            key = (rounded(member.order), member.B.dtype, member.B.device) if self.is_list else None
-            buckets.setdefault(key, []).append(i)
+            buckets.setdefault((rounded(member.order), member.B.dtype, member.B.device), []).append(i)
         for places in buckets.values():
             members = [self.members[i] for i in places]
             sizes = ((x.order, x.B.shape[-1], x.C.shape[-2]) for x in members)
@@ -153,8 +164,17 @@ def check(Lambda: Operand, B: Operand, C: Operand) -> Systems:
 
 def one(operands: dict[str, Any], index: int | None) -> System:
     """A checked system."""
-    leading = CONTRACT.bind(operands, index=index)["*"]
     tensors = [operands[name] for name in NAMES]
-    dtype = torch.promote_types(torch.promote_types(tensors[0].dtype, tensors[1].dtype), tensors[2].dtype)
-    own = (x.shape[-1:] if i == 0 else x.shape[-2:] for i, x in enumerate(tensors))
-    return System(*(x.to(dtype).expand(*leading, *shape) for x, shape in zip(tensors, own, strict=True)))
+
+    def decide() -> tuple[torch.dtype, tuple[tuple[int, ...], ...]]:
+        leading = CONTRACT.bind(operands, index=index)["*"]
+        dtype = torch.promote_types(torch.promote_types(tensors[0].dtype, tensors[1].dtype), tensors[2].dtype)
+        own = (x.shape[-1:] if i == 0 else x.shape[-2:] for i, x in enumerate(tensors))
+        return dtype, tuple((*leading, *shape) for shape in own)
+
+    dtype, shapes = PLANS.find(tensors, (), decide)
+    same = (
+        x if x.dtype is dtype and x.shape == shape else x.to(dtype).expand(shape)
+        for x, shape in zip(tensors, shapes, strict=True)
+    )
+    return System(*same)

@@ -148,7 +148,7 @@ def _balance(system: System, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     else:
         from kdkernels.ops.hankel import schema
 
-        found = schema.hankel_singular_values(Lambda, B, C, 0, True)
+        found = schema.hankel_singular_values.whole(Lambda, B, C, 0, True)
     return tuple(x.reshape(*system.leading, *x.shape[1:]) for x in found)  # type: ignore[return-value]
 
 

@@ -1,7 +1,6 @@
 """`lora_linear` and `lora_linear_group`: the documented functions, their checks and their choice of implementation."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from math import prod
 from numbers import Real
 from typing import Any, NamedTuple
@@ -13,23 +12,16 @@ from kdkernels import backend as backends
 from kdkernels.contract import Contract, check_tensor, show
 from kdkernels.ops.lora_linear import method as methods
 from kdkernels.ops.lora_linear import reference, schema
+from kdkernels.ops.lora_linear.call import LoRA, pack
 from kdkernels.philox import draw_states
+from kdkernels.plans import Plans
 
 OP = "lora_linear"
 GROUP = "lora_linear_group"
 FLOAT32_MAX = 3.4028234663852886e38
 CONTRACT = Contract(input="... d_in", weight="d_out d_in", lora_A="r d_in", lora_B="d_out r", bias="d_out?")
-
-
-class LoRA(NamedTuple):
-    """One layer of a group: the arguments of `lora_linear` but the input."""
-
-    weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None = None
-    scaling: float = 1.0
-    dropout_p: float = 0.0
+PLANS = Plans()
+ALONE = ("",)  # what errors put before the names of a layer's arguments
 
 
 def lora_linear(
@@ -72,8 +64,7 @@ def lora_linear(
         TypeError: an argument is no floating-point tensor, or weight or bias has not the input's dtype.
         ValueError: shapes, devices or options do not fit; the message names the argument.
     """
-    layer = LoRA(weight, lora_A, lora_B, bias, scaling, dropout_p)
-    return _run(_prepare(input, [layer], backend, ("",)))[0]
+    return _run(input, [LoRA(weight, lora_A, lora_B, bias, scaling, dropout_p)], backend, ALONE)[0]
 
 
 def lora_linear_group(input: Tensor, layers: Sequence[LoRA], *, backend: str = "auto") -> tuple[Tensor, ...]:
@@ -95,48 +86,84 @@ def lora_linear_group(input: Tensor, layers: Sequence[LoRA], *, backend: str = "
         TypeError: as in `lora_linear`, or a layer is no `LoRA`; the message says which layer.
         ValueError: likewise, or there are no layers.
     """
-    return _run(_prepare_group(input, layers, backend))
+    layers, prefixes = _as_layers(layers)
+    return tuple(_run(input, layers, backend, prefixes))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A checked call."""
-
-    input: Tensor  # (N, d_in)
-    layers: Sequence[LoRA]
-    leading: tuple[int, ...]
-    backend: backends.Implementation
-
-
-def _prepare_group(input: Tensor, layers: Sequence[LoRA], backend: str) -> _Call:
+def _as_layers(layers: Any) -> tuple[list[LoRA], tuple[str, ...]]:
+    """The layers of a group, and what errors call them."""
     if isinstance(layers, LoRA) or not isinstance(layers, (list, tuple)):
         raise TypeError(f"layers is {type(layers).__name__}, but must be a list of LoRA")
     for k, layer in enumerate(layers):
         if not (isinstance(layer, tuple) and 3 <= len(layer) <= len(LoRA._fields)):
             raise TypeError(f"layers[{k}] is {type(layer).__name__}, but must be a LoRA")
-    layers = [LoRA(*layer) for layer in layers]
     if not layers:
         raise ValueError("layers is empty, but must have at least one layer")
-    return _prepare(input, layers, backend, tuple(f"layers[{k}]." for k in range(len(layers))))
+    return [LoRA(*layer) for layer in layers], tuple(f"layers[{k}]." for k in range(len(layers)))
 
 
-def _prepare(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence[str]) -> _Call:
-    check_tensor("input", input)
-    for layer, prefix in zip(layers, prefixes, strict=True):
-        _check(input, layer, prefix)
-    layers = [a._replace(scaling=float(a.scaling), dropout_p=float(a.dropout_p)) for a in layers]
-    input, layers = _autocast(input, layers)
-    for layer, prefix in zip(layers, prefixes, strict=True):
-        for name in ("weight", "bias"):
-            value = getattr(layer, name)
-            if value is not None and value.dtype is not input.dtype:
-                raise TypeError(f"{prefix}{name} has dtype {value.dtype}, but must have the input's, {input.dtype}")
-    tensors = [input, *(x for layer in layers for x in layer[:4] if x is not None)]
-    chosen = backends.choose(OP, backend, input.device.type, {x.dtype for x in tensors})
-    if chosen.backend != "reference":
-        backends.refuse_tangents(OP, tensors)
-    leading = input.shape[:-1]
-    return _Call(input.reshape(prod(leading), input.shape[-1]), layers, leading, chosen)
+class _Plan(NamedTuple):
+    """What is decided of a call."""
+
+    backend: backends.Implementation
+    run: Callable[..., Sequence[Tensor]]  # of the operator, in the way that such tensors need
+    cast: torch.dtype | None  # what autocast makes of the base layers
+    leading: tuple[int, ...] | None  # of the input, unless it has one leading dimension
+    drops: bool
+
+
+def _run(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence[str]) -> Sequence[Tensor]:
+    tensors, numbers = pack(input, layers)
+    plan = _choose(input, layers, backend, prefixes, tensors, numbers)
+    if plan.cast is not None:
+        layers = _cast(layers, plan.cast)
+        tensors, _ = pack(input.to(plan.cast), layers)
+    if plan.leading is not None:
+        tensors[0] = input.reshape(prod(plan.leading), input.shape[-1])
+    states = draw_states(len(layers), input.device) if plan.drops else None
+    outputs: Sequence[Tensor]
+    if plan.backend.backend == "reference":
+        outputs = _by_reference(tensors[0], layers, states)  # type: ignore[arg-type]
+    else:
+        outputs = plan.run(tensors, [float(x) for x in numbers], states, plan.backend.backend)
+    return outputs if plan.leading is None else tuple(y.reshape(*plan.leading, y.shape[-1]) for y in outputs)
+
+
+def _by_reference(x: Tensor, layers: Sequence[LoRA], states: Tensor | None) -> list[Tensor]:
+    return [
+        reference.adapted(
+            x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, float(layer.scaling), float(layer.dropout_p),
+            None if states is None else states[k],
+        )
+        for k, layer in enumerate(layers)
+    ]  # fmt: skip
+
+
+def _choose(
+    input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence[str], tensors: Any, numbers: Any
+) -> _Plan:
+    """The plan of the checked call."""
+    cast = _autocast_dtype(input)
+
+    def decide() -> _Plan:
+        check_tensor("input", input)
+        for layer, prefix in zip(layers, prefixes, strict=True):
+            _check(input, layer, prefix)
+        dtypes = {cast or input.dtype}
+        for layer, prefix in zip(layers, prefixes, strict=True):
+            for name in ("weight", "bias"):
+                value = getattr(layer, name)
+                if value is not None and cast is None and value.dtype is not input.dtype:
+                    raise TypeError(f"{prefix}{name} has dtype {value.dtype}, but must have the input's, {input.dtype}")
+            dtypes |= {layer.lora_A.dtype, layer.lora_B.dtype}
+        chosen = backends.choose(OP, backend, input.device.type, dtypes)
+        if chosen.backend != "reference":
+            backends.refuse_tangents(OP, [x for x in tensors if x is not None])
+        leading = None if input.dim() == 2 else input.shape[:-1]
+        return _Plan(chosen, schema.lora_linear.route(tensors), cast, leading, any(numbers[1::2]))
+
+    options = (*numbers, backend, backends.default(), cast, torch.is_grad_enabled())
+    return PLANS.find(tensors, options, decide)
 
 
 def _check(input: Tensor, layer: LoRA, prefix: str) -> None:
@@ -159,72 +186,57 @@ def _check(input: Tensor, layer: LoRA, prefix: str) -> None:
         raise ValueError(f"{prefix}dropout_p is {layer.dropout_p}, but must be at least 0 and below 1")
 
 
-def _autocast(input: Tensor, layers: Sequence[LoRA]) -> tuple[Tensor, Sequence[LoRA]]:
-    """Under autocast the base layer is cast as `torch.nn.functional.linear` would cast it; adapters stay precise."""
+def _autocast_dtype(input: Any) -> torch.dtype | None:
+    """The dtype that autocast would have `torch.nn.functional.linear` use, if it is enabled."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(input, Tensor):
+        return None
     device = input.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or input.dtype is torch.float64:
-        return input, layers
-    dtype = torch.get_autocast_dtype(device)
-    cast = [
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(layers: Sequence[LoRA], dtype: torch.dtype) -> Sequence[LoRA]:
+    """The base layers in this dtype; adapters stay precise."""
+    return [
         layer._replace(weight=layer.weight.to(dtype), bias=None if layer.bias is None else layer.bias.to(dtype))
         for layer in layers
     ]
-    return input.to(dtype), cast
-
-
-def _run(call: _Call) -> tuple[Tensor, ...]:
-    x, layers = call.input, call.layers
-    drops = any(layer.dropout_p > 0 for layer in layers)
-    states = draw_states(len(layers), x.device) if drops else torch.empty(0, 2, dtype=torch.int64, device=x.device)
-    outputs: Sequence[Tensor]
-    if call.backend.backend == "reference":
-        outputs = [
-            reference.adapted(
-                x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, layer.dropout_p,
-                states[k] if drops else None,
-            )
-            for k, layer in enumerate(layers)
-        ]  # fmt: skip
-    else:
-        outputs = schema.call(
-            x,
-            [layer.weight for layer in layers],
-            [x.new_empty(0) if layer.bias is None else layer.bias for layer in layers],
-            [layer.lora_A for layer in layers],
-            [layer.lora_B for layer in layers],
-            [layer.scaling for layer in layers],
-            [layer.dropout_p for layer in layers],
-            states,
-            call.backend.backend,
-        )
-    return tuple(y.reshape(*call.leading, y.shape[-1]) for y in outputs)
 
 
 def _explain(
     input: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, backend: str, **options: Any
 ) -> backends.Explanation:
-    return _explain_call(OP, input, _prepare(input, [LoRA(weight, lora_A, lora_B, **options)], backend, ("",)))
+    return _explain_call(OP, input, [LoRA(weight, lora_A, lora_B, **options)], backend, ALONE)
 
 
 def _explain_group(input: Tensor, layers: Sequence[LoRA], backend: str) -> backends.Explanation:
-    return _explain_call(GROUP, input, _prepare_group(input, layers, backend))
+    layers, prefixes = _as_layers(layers)
+    return _explain_call(GROUP, input, layers, backend, prefixes)
 
 
-def _explain_call(op: str, input: Tensor, call: _Call) -> backends.Explanation:
+def _explain_call(
+    op: str, input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence[str]
+) -> backends.Explanation:
     """The costs are those of all layers, each by itself: what they share is saved on top."""
+    plan = _choose(input, layers, backend, prefixes, *pack(input, layers))
     grad = torch.is_grad_enabled()
+    wanted = {"input": grad and input.requires_grad}
+    if plan.cast is not None:
+        input, layers = input.to(plan.cast), _cast(layers, plan.cast)
+    x = input.reshape(prod(input.shape[:-1]), input.shape[-1])
     each = []
-    for layer in call.layers:
+    for layer in layers:
         needs = {name: grad and getattr(layer, name).requires_grad for name in ("weight", "lora_A", "lora_B")}
-        each.append(methods.costs(call.input, layer, needs | {"input": grad and input.requires_grad}))
+        each.append(methods.costs(x, layer, needs | wanted))
     costs = tuple(
         backends.Cost(same[0].method, sum(c.flops for c in same), sum(c.bytes for c in same))
         for same in zip(*each, strict=True)
     )
-    dtypes = {x.dtype for layer in call.layers for x in (call.input, *layer[:4]) if x is not None}
-    reasons = backends.passed_over(OP, call.backend, input.device.type, dtypes)
-    method = "eager" if call.backend.backend == "reference" else "fused"
-    return backends.Explanation(op, call.backend.backend, method, reasons, costs)
+    dtypes = {x.dtype for layer in layers for x in (input, *layer[:4]) if x is not None}
+    reasons = backends.passed_over(OP, plan.backend, input.device.type, dtypes)
+    method = "eager" if plan.backend.backend == "reference" else "fused"
+    return backends.Explanation(op, plan.backend.backend, method, reasons, costs)
 
 
 backends.register_explainer(lora_linear, _explain)

@@ -1,189 +1,168 @@
 """The operator as torch.library sees it: schema, shapes without data, autograd.
 
-One call serves K siblings, layers that share the input; a single layer is K = 1. Backward needs the input, the
-projected points S = x̂ Aᵀ (N, r) and the states of the masks, nothing else of the size of an activation.
+One call serves K siblings, layers that share the input; a single layer is K = 1. `call.py` says how it is packed.
+Backward needs the input, the projected points S = x̂ Aᵀ (N, r) and the states of the masks, nothing else of the size of
+an activation.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.library import watched
+from kdkernels.library import needs, operator
+from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, by_layer
 from kdkernels.ops.lora_linear.reference import accumulation_dtype
 
 BATCHED = "lora_linear's accelerated backward takes no batches of gradients; use backend='reference' for that"
 TWICE = "lora_linear's accelerated backward cannot be differentiated again; use backend='reference' for that"
+MOST_POINTS = 2**32  # rows are 32-bit words of the masks' counters
+
+Tensors = Sequence[Tensor | None]
 
 
-@torch.library.custom_op("kdkernels::lora_linear", mutates_args=())
+@operator("kdkernels::lora_linear", visible=lambda tensors, numbers, *_: slice(len(numbers) // NUMBERS))
 def lora_linear(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    backend: str,
+    tensors: Sequence[Tensor | None], numbers: Sequence[float], states: Tensor | None, backend: str
 ) -> list[Tensor]:
-    """Y_k (N, d_out) for each sibling, then S_k (N, r).
-
-    `input` is (N, d_in). An absent bias has no elements. `states` is (K, 2) int64, or empty where nothing is dropped.
-    """
-    return _forward(input, weights, biases, lora_A, lora_B, scalings, dropout_p, states, backend)
+    """Y_k (N, d_out) of each layer, then S_k (N, r). `states` is (K, 2) int64, or None where nothing is dropped."""
+    outputs, projected = _room(tensors)
+    if len(outputs[0]) >= MOST_POINTS:
+        raise ValueError(f"input has {len(outputs[0])} points, but must have fewer than 2**32")
+    _implementation(backend).forward(_read(tensors), numbers, states, projected, outputs)
+    return outputs + projected
 
 
 @lora_linear.register_fake
-def _(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    backend: str,
-) -> list[Tensor]:
-    outputs, projected = _room(input, weights, lora_A)
-    return [*outputs, *projected]
+def _(tensors: Sequence[Tensor | None], numbers: Sequence[float], states: Tensor | None, backend: str) -> list[Tensor]:
+    outputs, projected = _room(tensors)
+    return outputs + projected
 
 
-@torch.library.custom_op("kdkernels::lora_linear_backward", mutates_args=())
+@operator("kdkernels::lora_linear_backward")
 def lora_linear_backward(
     grad_outputs: Sequence[Tensor],
-    input: Tensor,
     projected: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    states: Tensor | None,
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    """The gradients of the input, then of each weight, bias, lora_A and lora_B; those not in `needs` are empty."""
-    return _backward(
-        grad_outputs, input, projected, weights, biases, lora_A, lora_B, scalings, dropout_p, states, needs, backend
-    )
+    """The gradients of `tensors`, contiguous whatever their strides; those not in `needs` are None."""
+    grads = _gradient_room(tensors, needs)
+    _implementation(backend).backward(_read(tensors), numbers, states, projected, resolved(grad_outputs), grads)
+    return grads  # type: ignore[return-value]
 
 
 @lora_linear_backward.register_fake
 def _(
     grad_outputs: Sequence[Tensor],
-    input: Tensor,
     projected: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    states: Tensor | None,
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    return _gradient_room(needs, input, weights, biases, lora_A, lora_B)
+    return _gradient_room(tensors, needs)  # type: ignore[return-value]
 
 
+@cache
 def _implementation(backend: str) -> Any:
     """`native` or `triton`: imported when first used, so that importing kdkernels imports neither."""
     return import_module(f"kdkernels.ops.lora_linear.{backend}")
 
 
-def _forward(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    backend: str,
-) -> list[Tensor]:
-    if input.shape[0] >= 2**32:  # rows are 32-bit words of the masks' counters
-        raise ValueError(f"input has {input.shape[0]} points, but must have fewer than 2**32")
-    outputs, projected = _room(input, weights, lora_A)
-    present = [b if b.numel() else None for b in biases]
-    (input,), *layers = _resolved([input], weights, present, lora_A, lora_B)
-    _implementation(backend).forward(input, *layers, scalings, dropout_p, states, outputs, projected)
-    return [*outputs, *projected]
-
-
-def _backward(
-    grad_outputs: Sequence[Tensor],
-    input: Tensor,
-    projected: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    grads = _gradient_room(needs, input, weights, biases, lora_A, lora_B)
-    grad_outputs, (input,), weights, lora_A, lora_B = _resolved(grad_outputs, [input], weights, lora_A, lora_B)
-    operands = (grad_outputs, input, projected, weights, lora_A, lora_B)
-    wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-    K = len(weights)
-    by_kind = [wanted[1 + i * K : 1 + (i + 1) * K] for i in range(4)]
-    _implementation(backend).backward(*operands, scalings, dropout_p, states, wanted[0], *by_kind)
-    return grads
-
-
-def _resolved(*groups: Sequence[Any]) -> list[list[Any]]:
-    """Tensors as they lie in memory, which is what kernels read: torch keeps some signs, and some zeros, elsewhere."""
-
-    def resolve(x: Tensor | None) -> Tensor | None:
-        if x is not None and x._is_zerotensor():
-            return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        return None if x is None else x.resolve_neg()
-
-    return [[resolve(x) for x in group] for group in groups]
-
-
-def _room(input: Tensor, weights: Sequence[Tensor], lora_A: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _room(tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    """For each Y and each S."""
+    input = tensors[0]
+    assert input is not None
     N, wide = input.shape[0], accumulation_dtype(input.dtype)
-    outputs = [input.new_empty(N, W.shape[0]) for W in weights]
-    return outputs, [input.new_empty(N, A.shape[0], dtype=wide) for A in lora_A]
+    layers = by_layer(tensors)
+    outputs = [input.new_empty(N, W.shape[0]) for W, *_ in layers]
+    return outputs, [input.new_empty(N, A.shape[0], dtype=wide) for _, A, *_ in layers]
 
 
-def _gradient_room(needs: Sequence[bool], input: Tensor, *operands: Sequence[Tensor]) -> list[Tensor]:
-    """Room for each gradient, contiguous whatever the strides of its operand; empty where none is needed."""
-    flat = [input, *(x for group in operands for x in group)]
-    return [x.new_empty(x.shape if need else 0) for x, need in zip(flat, needs, strict=True)]
+def _gradient_room(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+    return [x.new_empty(x.shape) if x is not None and need else None for x, need in zip(tensors, needs, strict=True)]
+
+
+def _read(tensors: Tensors) -> list[Tensor | None]:
+    """What kernels read: an absent bias, which has no elements under torch.library, is None."""
+    found = resolved(tensors)
+    for i in range(TENSORS, len(found), TENSORS):
+        bias = found[i]
+        found[i] = None if bias is not None and not bias.numel() else bias
+    return found
+
+
+def resolved(tensors: Tensors) -> list[Tensor | None]:
+    """Tensors as they lie in memory: torch keeps some signs, and some zeros, elsewhere."""
+    return [x if x is None else torch.zeros_like(x) if x._is_zerotensor() else x.resolve_neg() for x in tensors]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, weights, biases, lora_A, lora_B, scalings, dropout_p, states, backend = inputs
-    K = len(weights)
-    ctx.K = K
-    ctx.save_for_backward(input, states, *output[K:], *weights, *biases, *lora_A, *lora_B)
-    ctx.options = scalings, dropout_p, backend
+    """Only what the wanted gradients are made from, where it is known which they are."""
+    tensors, ctx.numbers, states, ctx.backend = inputs
+    ctx.count = len(tensors)
+    flags = getattr(ctx, "needs", None)
+    kept, ctx.layouts = tensors, {}
+    if flags is not None:
+        read, unread = _read_by_backward(tuple(flags[0]))
+        kept = [x if one else None for x, one in zip(tensors, read, strict=True)]
+        ctx.layouts = {i: (x.shape, x.dtype, x.device) for i in unread if (x := tensors[i]) is not None}
+    ctx.save_for_backward(*kept, *output[len(output) // 2 :], states)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    K = ctx.K
-    input, states, *rest = ctx.saved_tensors
-    projected, weights, biases, lora_A, lora_B = (rest[i * K : (i + 1) * K] for i in range(5))
-    scalings, dropout_p, backend = ctx.options
-    needs = [ctx.needs_input_grad[0], *(need for group in ctx.needs_input_grad[1:5] for need in group)]
-    found = lora_linear_backward(
-        list(grads[:K]), input, projected, weights, biases, lora_A, lora_B, scalings, dropout_p, states, needs, backend
-    )
-    wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
-    by_kind = [wanted[1 + i * K : 1 + (i + 1) * K] for i in range(4)]
-    return wanted[0], *by_kind, None, None, None, None
+@cache
+def _read_by_backward(needs: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+    """Whether backward reads each tensor for the gradients in `needs`, and the places of those it wants the shape of.
+
+    It never reads a bias, and wants its shape only for its gradient.
+    """
+    dX, layers = needs[0], by_layer(needs)
+    read = [any(dW or dA for dW, dA, *_ in layers)]
+    for _, dA, *_ in layers:
+        read += (dX, dX, dX or dA, False)
+    is_bias = [i > 0 and i % TENSORS == 0 for i in range(len(read))]
+    unread = (i for i, one in enumerate(read) if not one and (needs[i] or not is_bias[i]))
+    return tuple(read), tuple(unread)
+
+
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """A layer whose output is not used has no gradient."""
+    saved = ctx.saved_tensors
+    tensors, projected, states = list(saved[: ctx.count]), saved[ctx.count : -1], saved[-1]
+    grads = grads[: len(projected)]
+    if any(g is not None and not torch._C._has_storage(g) for g in grads):
+        raise RuntimeError(BATCHED)
+    for i, (shape, dtype, device) in ctx.layouts.items():  # in the place of what is not read stands its shape alone
+        tensors[i] = torch.empty((), dtype=dtype, device=device).expand(shape)
+    wanted, numbers = list(needs(ctx)[0]), ctx.numbers
+    used = [k for k, g in enumerate(grads) if g is not None]
+    if not used:
+        return None, None, None, None
+    places = list(range(ctx.count))
+    if len(used) < len(grads):
+        places = [0, *(1 + TENSORS * k + i for k in used for i in range(TENSORS))]
+        tensors, wanted = [tensors[i] for i in places], [wanted[i] for i in places]
+        projected, states = [projected[k] for k in used], None if states is None else states[used]
+        numbers = [numbers[NUMBERS * k + i] for k in used for i in range(NUMBERS)]
+    used_grads = [g for g in grads if g is not None]
+    # nothing but what arrives can be watched here, unless this is to be differentiated again
+    decisive = [*used_grads, *tensors] if torch.is_grad_enabled() else used_grads
+    run = lora_linear_backward.route(decisive)
+    found = run(used_grads, list(projected), tensors, numbers, states, wanted, ctx.backend)
+    result: list[Tensor | None] = [None] * ctx.count
+    for place, grad, need in zip(places, found, wanted, strict=True):
+        if need:
+            result[place] = grad
+    return result, None, None, None
 
 
 lora_linear.register_autograd(_differentiate, setup_context=_save)
@@ -194,77 +173,3 @@ def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 
 lora_linear_backward.register_autograd(_refuse)
-
-
-class _Plain(torch.autograd.Function):
-    """The same, without the machinery of torch.library, which costs more than a small layer does.
-
-    It keeps only what the wanted gradients are made from (and each S), and a sibling whose output is not used has none.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, K: int, options: tuple[Any, ...], input: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        scalings, dropout_p, states, backend = options
-        weights, biases, lora_A, lora_B = (flat[i * K : (i + 1) * K] for i in range(4))
-        found = _forward(input, weights, biases, lora_A, lora_B, scalings, dropout_p, states, backend)
-        operands = (input, *found[K:], *flat)
-        kept = _read_by_backward(K, ctx.needs_input_grad[2:])
-        ctx.K, ctx.options = K, options
-        ctx.layouts = [(x.shape, x.dtype, x.device) for x in operands]
-        ctx.save_for_backward(*(x if read else None for x, read in zip(operands, kept, strict=True)))
-        ctx.set_materialize_grads(False)
-        return tuple(found[:K])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        K = ctx.K
-        if any(g is not None and not torch._C._has_storage(g) for g in grads):
-            raise RuntimeError(BATCHED)
-        used = [k for k in range(K) if grads[k] is not None]
-        saved = [
-            # in the place of what is not read stands its shape, without memory
-            torch.empty((), dtype=dtype, device=device).expand(shape) if x is None else x
-            for x, (shape, dtype, device) in zip(ctx.saved_tensors, ctx.layouts, strict=True)
-        ]
-        input = saved[0]
-        projected, weights, biases, lora_A, lora_B = ([saved[1 + i * K + k] for k in used] for i in range(5))
-        scalings, dropout_p, states, backend = ctx.options
-        states = states[used] if len(states) else states
-        options = ([scalings[k] for k in used], [dropout_p[k] for k in used], states)
-        flags = ctx.needs_input_grad[2:]
-        needs = [flags[0], *(flags[1 + i * K + k] for i in range(4) for k in used)]
-        result: list[Tensor | None] = [None] * len(flags)
-        if used:
-            # the operator refuses to be differentiated again
-            backward = lora_linear_backward if torch.is_grad_enabled() else _backward
-            operands = (input, projected, weights, biases, lora_A, lora_B)
-            found = backward([g for g in grads if g is not None], *operands, *options, needs, backend)
-            places = [0, *(1 + i * K + k for i in range(4) for k in used)]
-            for place, grad, need in zip(places, found, needs, strict=True):
-                result[place] = grad if need else None
-        return None, None, *result
-
-
-def _read_by_backward(K: int, needs: Sequence[bool]) -> list[bool]:
-    """Whether backward reads the input, each S, weight, bias, lora_A and lora_B, for the gradients in `needs`."""
-    dX, (dW, _, dA, _) = needs[0], (needs[1 + i * K : 1 + (i + 1) * K] for i in range(4))
-    return [any(dA) or any(dW), *[True] * K, *[dX] * K, *[False] * K, *[dX] * K, *(dX or a for a in dA)]
-
-
-def call(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    backend: str,
-) -> Sequence[Tensor]:
-    """Y_k for each sibling: through torch.library where something must see the operator, else directly."""
-    tensors = (input, *weights, *biases, *lora_A, *lora_B)
-    if watched(tensors):
-        operands = (input, weights, biases, lora_A, lora_B)
-        return lora_linear(*operands, scalings, dropout_p, states, backend)[: len(weights)]
-    return _Plain.apply(len(weights), (scalings, dropout_p, states, backend), *tensors)

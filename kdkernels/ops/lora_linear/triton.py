@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kdkernels.launch import cdiv, power_of_2, undisturbed
 from kdkernels.ops.lora_linear import kernels
+from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS
 from kdkernels.ops.lora_linear.plan import (
     ADAPTER,
     MAX_RANK,
@@ -64,20 +65,16 @@ def fuses(d_in: int, dtype: torch.dtype) -> bool:
 
 
 def forward(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    states: Tensor | None,
     projected: Sequence[Tensor],
+    outputs: Sequence[Tensor],
 ) -> None:
     """Fill `outputs` with each Y (N, d_out) and `projected` with each S (N, r)."""
+    input, weights, lora_A, lora_B, biases, scalings, rates = _columns(tensors, numbers)
     with undisturbed(input):
-        _project(input, lora_A, projected, dropping(tuple(dropout_p)), states, False)
+        _project(input, lora_A, projected, dropping(rates), states, False)
         for sharing in _by_weight(weights):
             W = weights[sharing[0]]
             fused = len(sharing) == 1 and fuses(W.shape[1], input.dtype)
@@ -89,22 +86,16 @@ def forward(
 
 
 def backward(
-    grad_outputs: Sequence[Tensor],
-    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    states: Tensor | None,
     projected: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_p: Sequence[float],
-    states: Tensor,
-    grad_input: Tensor | None,
-    grad_weights: Sequence[Tensor | None],
-    grad_biases: Sequence[Tensor | None],
-    grad_A: Sequence[Tensor | None],
-    grad_B: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
 ) -> None:
     """Fill each gradient that is not None."""
+    input, weights, lora_A, lora_B, _, scalings, rates = _columns(tensors, numbers)
+    grad_input, grad_weights, grad_A, grad_B, grad_biases, *_ = _columns(grads, numbers)
     K = range(len(weights))
     with undisturbed(input):
         points: list[Tensor | None] = [
@@ -118,7 +109,7 @@ def backward(
             if (db := grad_biases[k]) is not None:
                 torch.sum(dY, 0, out=db)
         first.run()
-        masks = dropping(tuple(dropout_p))
+        masks = dropping(rates)
         trained = [k for k in K if grad_A[k] is not None]
         dA, of_dA = [grad_A[k] for k in trained], tuple([masks[k] for k in trained])
         _reduce(input, [points[k] for k in trained], dA, of_dA, states, False, later)
@@ -135,6 +126,12 @@ def backward(
                     torch.addmm(grad_input, dY, W, out=grad_input)
             for batch in batches(len(weights), kernels.MAX_SIBLINGS):
                 _expand(grad_input, None, None, points[batch], lora_A[batch], grad_input, masks[batch], states, False)
+
+
+def _columns(tensors: Sequence[Any], numbers: Sequence[float]) -> tuple[Any, ...]:
+    """The input, then what each field of `LoRA` is in every layer."""
+    fields = *(tensors[i::TENSORS] for i in range(1, 1 + TENSORS)), *(numbers[i::NUMBERS] for i in range(NUMBERS))
+    return tensors[0], *map(tuple, fields)
 
 
 class Sums:

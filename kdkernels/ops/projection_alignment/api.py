@@ -1,8 +1,8 @@
 """`projection_alignment_loss`: the documented function, its checks and its choice of implementation."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ from kdkernels import backend as backends
 from kdkernels.contract import Contract, check_choice
 from kdkernels.ops.projection_alignment import method as methods
 from kdkernels.ops.projection_alignment import reference, schema
+from kdkernels.plans import Plans, undisturbed
 
 # student, teacher, student_proj, teacher_proj, student_bias, teacher_bias
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 OP = "projection_alignment_loss"
+PLANS = Plans()
 REDUCTIONS = ("mean", "sum", "none")
 CONTRACT = Contract(
     student="... d_s",
@@ -78,90 +80,109 @@ def projection_alignment_loss(
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes, devices or options do not fit; the message names the argument.
     """
-    call = _prepare(
-        student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights, metric, reduction, method,
-        backend,
-    )  # fmt: skip
-    if call.backend.backend == "reference":
-        losses = reference.weighted_losses(*call.operands, call.weights, metric=metric)
+    operands: Operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    plan, operands, weights = _prepare(operands, weights, metric, reduction, method, backend)
+    if plan.backend.backend == "reference":
+        losses = reference.weighted_losses(*operands, weights, metric=metric)
         if reduction == "none":
-            return losses.reshape(call.leading)
-        return losses.sum() / (call.divisor if call.late_divisor is None else call.late_divisor)
+            return losses.reshape(plan.leading)
+        return _divided(losses.sum() / plan.divisor, weights, plan)
     if reduction == "none":
-        points = schema.projection_alignment_points(*call.operands, call.weights, metric, method, call.backend.backend)
-        return points.reshape(call.leading)
-    total, *_ = schema.projection_alignment(
-        *call.operands, call.weights, metric, method, call.needs, call.backend.backend, call.divisor
-    )
-    return total if call.late_divisor is None else total / call.late_divisor
+        points = plan.run(*operands, weights, metric, plan.method, plan.backend.backend)
+        return points.reshape(plan.leading)
+    options = (metric, plan.method, list(plan.needs), plan.backend.backend, plan.divisor)
+    return _divided(plan.run(*operands, weights, *options)[0], weights, plan)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A checked call: flattened operands, and what will serve it."""
+class _Plan(NamedTuple):
+    """What is decided of a call. The mean's division goes into the points, so that gradients need no second pass."""
 
-    operands: Operands
-    weights: Tensor | None  # (N,)
-    divisor: int  # of every point
-    late_divisor: Tensor | int | None  # of the total
-    leading: tuple[int, ...]
-    needs: list[bool]
     backend: backends.Implementation
+    run: Callable[..., Any]  # of the operator, in the way that such tensors need
+    method: str
+    leading: tuple[int, ...]
+    needs: tuple[bool, ...]
+    cast: torch.dtype | None  # what autocast makes of a projected side
+    divisor: int  # of every point
+    weighted_mean: bool  # the weights are divided by their sum
+    late: int  # of the total: float16 gradients would lose small numbers before a gradient scaler has seen them; or 0
 
 
 def _prepare(
-    student: Tensor,
-    teacher: Tensor,
-    student_proj: Tensor | None,
-    teacher_proj: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
+    operands: Operands, weights: Tensor | None, metric: str, reduction: str, method: str, backend: str
+) -> tuple[_Plan, Operands, Tensor | None]:
+    """The plan of a checked call, and its operands and weights with one leading dimension."""
+    weights = _as_weights(weights)
+    cast = _autocast_dtype(operands[0])
+
+    def decide() -> _Plan:
+        return _plan(operands, weights, metric, reduction, method, backend, cast)
+
+    options = (metric, reduction, method, backend, backends.default(), cast, torch.is_grad_enabled())
+    plan = PLANS.find((*operands, weights), options, decide)
+    if cast is not None:
+        operands = _cast(operands, cast)
+    if len(plan.leading) != 1:
+        s, t = operands[:2]
+        N = prod(plan.leading)
+        operands = (s.reshape(N, s.shape[-1]), t.reshape(N, t.shape[-1]), *operands[2:])
+    if weights is not None:
+        weights = weights.reshape(prod(plan.leading)).to(reference.accumulation_dtype(*operands))
+        if plan.weighted_mean and not plan.late:
+            weights = weights / _nonzero(weights.sum())
+    return plan, operands, weights
+
+
+def _plan(
+    operands: Operands,
     weights: Tensor | None,
     metric: str,
     reduction: str,
     method: str,
     backend: str,
-) -> _Call:
+    cast: torch.dtype | None,
+) -> _Plan:
+    """Raises unless everything fits."""
     check_choice("metric", metric, reference.METRICS)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("method", method, methods.METHODS)
-    for side, bias, proj in (("student", student_bias, student_proj), ("teacher", teacher_bias, teacher_proj)):
-        if bias is not None and proj is None:
-            raise ValueError(f"{side}_bias was given, but {side}_proj was not: a bias goes with a projection")
-    weights = _as_weights(weights)
-    operands: Operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
-    unprojected = {letter: "D" for letter, proj in (("d_s", student_proj), ("d_t", teacher_proj)) if proj is None}
+    for side in (0, 1):
+        if operands[4 + side] is not None and operands[2 + side] is None:
+            bias, proj = schema.NAMES[4 + side], schema.NAMES[2 + side]
+            raise ValueError(f"{bias} was given, but {proj} was not: a bias goes with a projection")
+    unprojected = {letter: "D" for letter, proj in zip(("d_s", "d_t"), operands[2:4], strict=True) if proj is None}
     sizes = CONTRACT.bind(dict(zip(schema.NAMES, operands, strict=True), weights=weights), same=unprojected)
-    operands = _autocast(operands)
-    present = [x for x in operands if x is not None]
-    chosen = backends.choose(OP, backend, student.device.type, {x.dtype for x in present})
+    device = operands[0].device.type
+    served = operands if cast is None else _cast(operands, cast)
+    present = [x for x in served if x is not None]
+    chosen = backends.choose(OP, backend, device, {x.dtype for x in present})
     if chosen.backend != "reference":
         backends.refuse_tangents(OP, present)
-
-    s, t, W_s, W_t, b_s, b_t = operands
-    N = prod(sizes["..."])
-    s, t = s.reshape(N, s.shape[-1]), t.reshape(N, t.shape[-1])
-    if weights is not None:
-        weights = weights.reshape(N).to(reference.accumulation_dtype(*operands))
-    divisor, late_divisor = 1, None
-    if reduction == "mean":
-        # The mean's division goes into the points, so that gradients need no second pass; but float16 gradients would
-        # lose small numbers before a gradient scaler has seen them.
-        if any(x.dtype is torch.float16 for x in present):
-            late_divisor = max(N, 1) if weights is None else _nonzero(weights.sum())
-        elif weights is None:
-            divisor = max(N, 1)
-        else:
-            weights = weights / _nonzero(weights.sum())
-    return _Call(
-        operands=(s, t, W_s, W_t, b_s, b_t),
-        weights=weights,
-        divisor=divisor,
-        late_divisor=late_divisor,
-        leading=sizes["..."],
-        needs=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands],
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands)
+    N, mean = prod(sizes["..."]), reduction == "mean"
+    late = mean and any(x.dtype is torch.float16 for x in present)
+    if chosen.backend == "native" and reduction != "none" and undisturbed():
+        flat = (torch.empty(N, served[0].shape[-1], device="meta"), *served[1:])
+        method = methods.choose(method, methods.sizes(flat, needs, "native", metric))[0]
+    return _Plan(
         backend=chosen,
+        run=(schema.projection_alignment_points if reduction == "none" else schema.projection_alignment).route(
+            operands
+        ),
+        method=method,
+        leading=sizes["..."],
+        needs=needs,
+        cast=cast,
+        divisor=max(N, 1) if mean and weights is None and not late else 1,
+        weighted_mean=mean and weights is not None,
+        late=max(N, 1) if late else 0,
     )
+
+
+def _divided(total: Tensor, weights: Tensor | None, plan: _Plan) -> Tensor:
+    if not plan.late:
+        return total
+    return total / (plan.late if weights is None else _nonzero(weights.sum()))
 
 
 def _as_weights(weights: Tensor | None) -> Tensor | None:
@@ -185,12 +206,16 @@ def _nonzero(total: Tensor) -> Tensor:
     return torch.where(total == 0, torch.ones_like(total), total)
 
 
-def _autocast(operands: Operands) -> Operands:
-    """Under autocast a projected side is cast as `torch.nn.functional.linear` would cast it."""
-    device = operands[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return operands
-    dtype = torch.get_autocast_dtype(device)
+def _autocast_dtype(student: Any) -> torch.dtype | None:
+    """The dtype that autocast would have `torch.nn.functional.linear` use, if it is enabled."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(student, Tensor):
+        return None
+    device = student.device.type
+    return None if device == "meta" or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
+
+
+def _cast(operands: Operands, dtype: torch.dtype) -> Operands:
+    """Each projected side in this dtype."""
     projected = (operands[2] is not None, operands[3] is not None) * 3
     cast = (
         x.to(dtype) if x is not None and projects and x.dtype is not torch.float64 else x
@@ -200,17 +225,17 @@ def _autocast(operands: Operands) -> Operands:
 
 
 def _explain(**a: Any) -> backends.Explanation:
-    order = (*schema.NAMES, "weights", "metric", "reduction", "method", "backend")
-    call = _prepare(*(a[name] for name in order))
-    sizes = methods.sizes(call.operands, call.needs, call.backend.backend, a["metric"])
-    dtypes = {x.dtype for x in call.operands if x is not None}
+    given: Any = tuple(a[name] for name in schema.NAMES)
+    plan, operands, _ = _prepare(given, a["weights"], a["metric"], a["reduction"], a["method"], a["backend"])
+    sizes = methods.sizes(operands, plan.needs, plan.backend.backend, a["metric"])
     costs: tuple[methods.Cost, ...]
-    if call.backend.backend == "reference":
+    if plan.backend.backend == "reference":
         method, costs = "direct", (methods.direct_cost(sizes),)
     else:
         method, costs = methods.choose(a["method"], sizes)
-    reasons = backends.passed_over(OP, call.backend, a["student"].device.type, dtypes)
-    return backends.Explanation(OP, call.backend.backend, method, reasons, costs)
+    dtypes = {x.dtype for x in operands if x is not None}
+    reasons = backends.passed_over(OP, plan.backend, a["student"].device.type, dtypes)
+    return backends.Explanation(OP, plan.backend.backend, method, reasons, costs)
 
 
 backends.register_explainer(projection_alignment_loss, _explain)

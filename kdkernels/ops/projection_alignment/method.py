@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdkernels import _native
 from kdkernels.backend import Cost
 
 METHODS = ("auto", "direct", "gram")
@@ -40,6 +41,7 @@ class Sizes:
     needs: tuple[bool, ...]  # gradients of student, teacher, student_proj, teacher_proj, student_bias, teacher_bias
     frozen: bool = False  # no projection can change: Gram matrices are computed once for many calls
     gram_by_itself: bool = True  # whether "auto" may take gram where it costs less
+    rate: int = 1  # of direct's products, as a multiple of gram's
 
 
 def frozen(operands: Sequence[Tensor | None]) -> bool:
@@ -63,8 +65,15 @@ def sizes(operands: Sequence[Tensor | None], needs: Sequence[bool], backend: str
         low_precision=any(x is not None and x.dtype.itemsize < 4 for x in operands[:4]),
         needs=tuple(needs),
         frozen=backend == "native" and frozen(operands),  # on a GPU, noticing a change would need a synchronisation
+        rate=_rate(operands, backend),
         gram_by_itself=backend == "native" or _gram_pays_on(student.device),
     )
+
+
+def _rate(operands: Sequence[Tensor | None], backend: str) -> int:
+    """bfloat16 points and projections meet as they are; gram's are float32 or wider."""
+    narrow = all(x is None or x.dtype is torch.bfloat16 for x in operands[:4])
+    return _native.module().bf16_rate() if backend == "native" and narrow else 1
 
 
 def _gram_pays_on(device: torch.device) -> bool:
@@ -85,7 +94,7 @@ def direct_cost(s: Sizes) -> Cost:
         if width is not None:
             flops += 2 * s.N * width * s.D * (1 + needs_input + needs_weight)
             passes += 3
-    return Cost("direct", flops, passes * s.N * s.D * s.itemsize)
+    return Cost("direct", flops, passes * s.N * s.D * s.itemsize, rate=s.rate)
 
 
 def gram_cost(s: Sizes) -> Cost:

@@ -29,7 +29,7 @@ WELL_CONDITIONED = {
 def _fingerprint(x: Tensor) -> int:
     x = x if x.dim() < 2 or x.stride(-1) == 1 else x.contiguous()
     rows = x if x.dim() == 2 else x.contiguous()[None]  # a bias is one row
-    return _native.module().fingerprint(_view(rows), torch.get_num_threads())
+    return _native.module().fingerprint(rows, torch.get_num_threads())
 
 
 derived = Derived(_fingerprint)
@@ -42,11 +42,10 @@ def loss_and_gradients(
     method: str,
     divisor: int,
     total: Tensor,
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
 ) -> None:
     """Fill `total` and each gradient that has room (see `schema.projection_alignment`)."""
-    wanted = [g if x is not None and g.shape == x.shape else None for g, x in zip(grads, operands, strict=True)]
-    _run(operands, wanted, weights, metric, method, divisor, total=total, losses=None)
+    _run(operands, grads, weights, metric, method, divisor, total=total, losses=None)
 
 
 def losses(operands: Operands, weights: Tensor | None, metric: str, method: str, losses: Tensor) -> None:
@@ -65,9 +64,10 @@ def _run(
     losses: Tensor | None,
 ) -> None:
     accumulate = (losses if total is None else total).dtype  # type: ignore[union-attr]
-    chosen = methods.choose(method, methods.sizes(operands, [g is not None for g in grads], "native", metric))[0]
+    if method != "direct":
+        method = methods.choose(method, methods.sizes(operands, [g is not None for g in grads], "native", metric))[0]
     arguments = (weights, divisor, losses, total, metric, accumulate)
-    if chosen == "gram" and _run_gram(operands, grads, *arguments):
+    if method == "gram" and _run_gram(operands, grads, *arguments):
         return
     _call(operands, grads, *arguments)
 
@@ -99,10 +99,10 @@ def _run_gram(
         total,
         metric,
         accumulate,
-        factor=_view(factor),
-        teacher_tails=_view(tails),
+        factor=factor,
+        teacher_tails=tails,
         tails_known=len(known) > 0,
-        teacher_heads=_view(heads),
+        teacher_heads=heads,
         heads_known=len(known) > 1,
     )
     if room:
@@ -122,9 +122,7 @@ def _factor(operands: Operands, augmented: Operands, accumulate: torch.dtype) ->
         return factor, pivot
     width = sum(w.shape[1] for w in augmented[2:4] if w is not None)
     factor = torch.empty(width, width, dtype=accumulate)
-    pivot = native.projection_alignment_factor(
-        [_view(x) for x in augmented], _view(factor), _name(accumulate), torch.get_num_threads()
-    )
+    pivot = native.projection_alignment_factor(augmented, factor, _name(accumulate), torch.get_num_threads())
     if frozen:
         derived.keep(operands[2:], kind, (factor,), pivot)
     return factor, pivot
@@ -195,12 +193,12 @@ def _call(
     **grams: object,
 ) -> None:
     _native.module().projection_alignment(
-        [_view(x) for x in operands],
-        [_view(g) for g in grads],
-        _view(weights),
+        operands,
+        grads,
+        weights,
         divisor,
-        _view(losses),
-        _view(total),
+        losses,
+        total,
         metric,
         _name(accumulate),
         torch.get_num_threads(),
@@ -208,4 +206,5 @@ def _call(
     )
 
 
-_name, _view = _native.dtype_name, _native.view
+def _name(dtype: torch.dtype) -> str:
+    return "float64" if dtype is torch.float64 else "float32"

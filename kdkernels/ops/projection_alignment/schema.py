@@ -7,12 +7,14 @@ and its backward is the reduced operator with the incoming gradient as weights.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdkernels.library import needs as needed
 from kdkernels.library import operator
 from kdkernels.ops.projection_alignment.reference import accumulation_dtype
 
@@ -25,7 +27,7 @@ TWICE = (
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@operator("kdkernels::projection_alignment")
+@operator("kdkernels::projection_alignment", visible=slice(1))
 def projection_alignment(
     student: Tensor,
     teacher: Tensor,
@@ -40,7 +42,7 @@ def projection_alignment(
     backend: str,
     divisor: int,
 ) -> Outputs:
-    """Σ_i weights_i · loss_i / divisor and its gradients in the order of `NAMES`; those not in `needs` are empty."""
+    """Σ_i weights_i · loss_i / divisor and its gradients in the order of `NAMES`; those not in `needs` are None."""
     operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
     total = student.new_empty((), dtype=accumulation_dtype(*operands))
     grads = _gradient_room(operands, needs)
@@ -80,29 +82,22 @@ def _(*arguments: Any) -> Tensor:
     return arguments[0].new_empty(arguments[0].shape[0], dtype=accumulation_dtype(*arguments[:6]))
 
 
+@cache
 def _implementation(backend: str) -> Any:
     """`native` or `triton`: imported when first used, so that importing kdkernels imports neither."""
     return import_module(f"kdkernels.ops.projection_alignment.{backend}")
 
 
-def _gradient_room(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    """Room for each gradient, contiguous whatever the strides of its operand; empty where none is needed.
-
-    All lie on the student's device, those of absent operands too: the outputs of one operator meet one scalar.
-    """
-    like = operands[0]
-    assert like is not None
-    return [
-        x.new_empty(x.shape) if x is not None and need else like.new_empty(0)
-        for x, need in zip(operands, needs, strict=True)
-    ]
+def _gradient_room(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Room for each gradient that is needed, contiguous whatever the strides of its operand."""
+    return [x.new_empty(x.shape) if x is not None and need else None for x, need in zip(operands, needs, strict=True)]
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7])
     ctx.options = inputs[7:]
-    ctx.grads = [g.detach() for g in output[1:]]  # undetached they would hold the node that holds them
+    ctx.grads = [g.detach() if need else g for g, need in zip(output[1:], inputs[9], strict=True)]  # else a cycle
 
 
 def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: Tensor | None) -> tuple[Any, ...]:
@@ -114,7 +109,7 @@ def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: T
     grads, ctx.grads = ctx.grads, None  # handed out once: whoever gets them may keep and change them
     if grads is None or torch.is_grad_enabled():
         # A graph that was kept, or a first derivative that will itself be differentiated: then TWICE shall be raised.
-        _, *grads = projection_alignment(*ctx.saved_tensors, *ctx.options)
+        _, *grads = projection_alignment.whole(*ctx.saved_tensors, *ctx.options)
         grads = [g * grad_total if need else g for g, need in zip(grads, needs, strict=True)]
     elif not _is_one(grad_total):
         grads = [g.mul_(grad_total) if need else g for g, need in zip(grads, needs, strict=True)]
@@ -137,8 +132,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _weigh_points(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
     *operands, weights = ctx.saved_tensors
     weights = grad_losses if weights is None else torch.where(weights != 0, grad_losses * weights, 0)
-    needs = list(ctx.needs_input_grad[:6])
-    _, *grads = projection_alignment(*operands, weights, ctx.metric, ctx.method, needs, ctx.backend, 1)
+    needs = [bool(need) for need in needed(ctx)[:6]]
+    _, *grads = projection_alignment.whole(*operands, weights, ctx.metric, ctx.method, needs, ctx.backend, 1)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
 
 

@@ -60,13 +60,13 @@ def loss_and_gradients(
     method: str,
     divisor: int,
     total: Tensor,
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
 ) -> None:
-    """Fill `total` with Σ_i weights_i · loss_i / divisor and each non-empty tensor of `grads` with its gradient."""
+    """Fill `total` with Σ_i weights_i · loss_i / divisor and each tensor of `grads` with its gradient."""
     student = operands[0]
     assert student is not None
     losses = student.new_empty(student.shape[0], dtype=torch.float32)
-    wanted = [g if x is not None and g.numel() else None for x, g in zip(operands, grads, strict=True)]
+    wanted = [g if g is not None and g.numel() else None for g in grads]
     _run(operands, weights, metric, method, 1 / divisor, losses, wanted)
     torch.sum(losses, 0, out=total)
 

@@ -16,22 +16,20 @@ CROSSOVER = {torch.float32: 120, torch.float64: 88, torch.complex64: 88, torch.c
 
 def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """(N, rows, cols) -> U, S, Vh, contiguous; U and Vh are None without `vectors`."""
-    matrix = matrix.detach()
-    wide = matrix.shape[-2] < matrix.shape[-1]
+    N, rows, cols = matrix.shape
+    wide = rows < cols
     tall = adjoint(matrix) if wide else matrix.resolve_conj().resolve_neg()
-    N, rows, cols = tall.shape
+    rows, cols = max(rows, cols), min(rows, cols)
     if cols > CROSSOVER[matrix.dtype]:
         if not vectors:
             return None, lapack.svdvals(tall), None
         U, S, Vh = lapack.svd(matrix.resolve_conj().resolve_neg())
         return U.contiguous(), S, Vh.contiguous()
-    values = matrix.new_empty(N, cols, dtype=matrix.real.dtype)
+    values = matrix.new_empty(N, cols, dtype=matrix.dtype.to_real())
     left = matrix.new_empty(N, rows, cols) if vectors else None
     right = matrix.new_empty(N, cols, cols) if vectors else None
     if N and cols:
-        tall = tall.contiguous()
-        views = [_native.view(flat(x)) for x in (tall, values, left, right)]
-        arguments = (views[0], rows, cols, matrix.is_complex(), *views[1:])
+        arguments = (tall.contiguous(), values, left, right)
         if matrix.is_cuda:
             _native.launch("cuda_svd", matrix.device, *arguments)
         else:
@@ -45,11 +43,6 @@ def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor
 
 def adjoint(x: Tensor) -> Tensor:
     """Xᴴ as it lies in memory."""
+    if not x.is_complex():
+        return x.resolve_neg().mT.contiguous()
     return x.resolve_conj().resolve_neg().mT.conj_physical().contiguous()
-
-
-def flat(x: Tensor | None) -> Tensor | None:
-    """(N, …) -> (N, the real numbers of one), in place."""
-    if x is None:
-        return None
-    return (torch.view_as_real(x) if x.is_complex() else x).view(len(x), -1)

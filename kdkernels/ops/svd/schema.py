@@ -3,9 +3,6 @@
 Backward is made of torch's own operations on U, S and Vh, so that it can be differentiated again.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from kdkernels.library import operator
@@ -40,15 +37,4 @@ def _(matrix: Tensor) -> Tensor:
     return matrix.new_empty(N, min(rows, cols), dtype=matrix.real.dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output)
-    ctx.set_materialize_grads(False)  # zeros would meet 1/(s_j − s_i) at repeated values
-
-
-def _differentiate(ctx: Any, dU: Tensor | None, dS: Tensor | None, dVh: Tensor | None) -> Tensor:
-    U, S, Vh = ctx.saved_tensors
-    with torch.autocast(U.device.type, enabled=False):
-        return gradient.backward(U, S, Vh, dU, dS, dVh)
-
-
-svd.register_autograd(_differentiate, setup_context=_save)
+svd.register_autograd(gradient.differentiate, setup_context=gradient.save)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.ops.lora_linear import LoRA, reference, schema
+from kdkernels.ops.lora_linear.call import pack
 from kdkernels.testing.compare import Outcome, incoming
 
 NAMES = ("weight", "lora_A", "lora_B", "bias")  # of a layer's tensors, in LoRA's order
@@ -150,10 +151,7 @@ def ours(inputs: Inputs, backend: str) -> Outcome:
         return through_reference(inputs)
 
     def call(x: Tensor, layers: tuple[LoRA, ...]) -> list[Tensor]:
-        weights, lora_A, lora_B, biases, scalings, dropout_p = zip(*layers, strict=True)
-        present = [x.new_empty(0) if b is None else b for b in biases]
-        states = inputs.states if any(dropout_p) else inputs.states[:0]
-        operands = (x, weights, present, lora_A, lora_B)
-        return schema.lora_linear(*operands, scalings, dropout_p, states, backend)[: len(layers)]
+        states = inputs.states if any(layer.dropout_p for layer in layers) else None
+        return schema.lora_linear(*pack(x, layers), states, backend)
 
     return run(inputs, call)

@@ -59,13 +59,14 @@ def run_values(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Outcome:
     S = function(leaf)
     weights = incoming(S).abs().sum(-1, keepdim=True).expand(S.shape)  # symmetric: repeated values have a gradient
     (grad,) = torch.autograd.grad(S, leaf, weights)
-    return Outcome(S.detach(), {"matrix": grad}, "S")
+    return Outcome(S.detach(), {"A": grad}, "S")
 
 
 def run_vectors(matrix: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Outcome:
-    """S and what does not depend on signs: U diag(S) Vh, UᴴU, V Vᴴ."""
+    """S and what does not depend on signs: U diag(S) Vh, UᴴU, V Vᴴ, of square U and V."""
     U, S, Vh = function(matrix)
-    others = {"U diag(S) Vh": (U * S.unsqueeze(-2)) @ Vh, "UᴴU": U.mH @ U, "VhV": Vh @ Vh.mH}
+    k = S.shape[-1]
+    others = {"U diag(S) Vh": (U[..., :k] * S.unsqueeze(-2)) @ Vh[..., :k, :], "UᴴU": U.mH @ U, "VhV": Vh @ Vh.mH}
     return Outcome(S, {}, "S", others)
 
 
@@ -85,4 +86,4 @@ def plain(op: str, matrix: Tensor) -> Outcome:
     """torch.linalg."""
     if op == "svdvals":
         return run_values(matrix, torch.linalg.svdvals)
-    return run_vectors(matrix, lambda x: torch.linalg.svd(x, full_matrices=False))
+    return run_vectors(matrix, torch.linalg.svd)

@@ -1,0 +1,43 @@
+"""A call packed into tensors and numbers, as torch.library, autograd and every implementation pass it on.
+
+`tensors` are the input (N, d_in), then weight, lora_A, lora_B and bias of each layer, where an absent bias is None;
+`numbers` are scaling and dropout_p of each. Gradients, and which of them are needed, stand in the order of `tensors`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+TENSORS, NUMBERS = 4, 2  # of a layer
+
+
+class LoRA(NamedTuple):
+    """One layer of a group: the arguments of `lora_linear` but the input."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None = None
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+
+
+def pack(input: Tensor, layers: Iterable[LoRA]) -> tuple[list[Tensor | None], list[float]]:
+    """`tensors` and `numbers`."""
+    tensors: list[Tensor | None] = [input]
+    numbers: list[float] = []
+    for layer in layers:
+        tensors += layer[:TENSORS]  # type: ignore[arg-type]
+        numbers += layer[TENSORS:]  # type: ignore[arg-type]
+    return tensors, numbers
+
+
+def unpack(tensors: Sequence[Any], numbers: Sequence[float]) -> list[LoRA]:
+    """The layers."""
+    return [LoRA(*operands, *numbers[NUMBERS * k : NUMBERS * (k + 1)]) for k, operands in enumerate(by_layer(tensors))]
+
+
+def by_layer(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """What stands for weight, lora_A, lora_B and bias of each layer."""
+    return [tensors[start : start + TENSORS] for start in range(1, len(tensors), TENSORS)]

@@ -1,0 +1,177 @@
+"""`python -m kdtrainer whisper-step`, with a toy in the place of Whisper tiny."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from torch import nn
+
+import kdkernels as kd
+from kdkernels.integrations import peft as integration
+from kdkernels.integrations.peft import AcceleratedLinear
+from kdkernels.nn import projection_alignment
+from kdtrainer import cli, step, whisper
+from kdtrainer.config import PHASES, StepConfig
+
+TOY = whisper.Shape("toy", 16, 2, 1, 2, 32, 50, 4, 12, 5, 2, 0.1)
+SMALL = ("--threads", "1", "--batch", "2", "--dimension", "32", "--steps", "2")
+
+pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(whisper, "TINY_EN", TOY)
+
+
+def run_here(*arguments):
+    return cli.main(["whisper-step", *map(str, arguments)])
+
+
+def joined(text):
+    """Without the line breaks of the terminal."""
+    return " ".join(text.split())
+
+
+@pytest.mark.native
+def test_both_ways_train_the_same_and_everything_is_told(toy, tmp_path, capsys):
+    assert run_here(*SMALL, "--out", tmp_path) == cli.DONE
+    text = joined(capsys.readouterr().out)
+    for told in (*PHASES, "step", step.EAGER, step.OURS, "D = 32, 1 threads", "within the budget of 0.0001"):
+        assert told in text
+    assert "Medians of 2 steps" in text and "left to PEFT" not in text
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["compare"]["within_budget"] and 0 <= found["compare"]["loss"] <= 1e-4
+    assert found["left_to_peft"] == [] and found["shape"]["width"] == 16
+    for way in (step.EAGER, step.OURS):
+        assert len(found["checked_losses"][way]) == step.CHECKED_STEPS and len(found["losses"][way]) == 2
+        assert found["median_seconds"][way].keys() == {"step", *PHASES}
+        assert all(seconds > 0 for seconds in found["median_seconds"][way].values())
+    medians = found["median_seconds"]
+    assert found["ratio"] == medians[step.EAGER]["step"] / medians[step.OURS]["step"]
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.native
+def test_json_is_the_report(toy, tmp_path, capsys):
+    assert run_here(*SMALL, "--out", tmp_path, "--json") == cli.DONE
+    assert capsys.readouterr().out == (tmp_path / "report.json").read_text()
+
+
+@pytest.mark.native
+def test_a_budget_that_rounding_exceeds(toy, tmp_path, capsys):
+    assert run_here(*SMALL, "--out", tmp_path, "--budget", "0") == cli.OVER_BUDGET
+    assert "ABOVE the budget of 0" in joined(capsys.readouterr().out)
+
+
+def per_mille_off_loss(monkeypatch):
+    right = projection_alignment.projection_alignment_loss
+
+    def wrong(*arguments, backend, **options):
+        return right(*arguments, backend=backend, **options) * (1 if backend == "reference" else 1.001)
+
+    monkeypatch.setattr(projection_alignment, "projection_alignment_loss", wrong)
+
+
+def per_cent_off_adapters(monkeypatch):
+    right = integration.lora_linear
+    monkeypatch.setattr(integration, "lora_linear", lambda *a, scaling, **o: right(*a, scaling=1.01 * scaling, **o))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("mistake", [per_mille_off_loss, per_cent_off_adapters])
+def test_a_wrong_kernel_is_over_the_budget(mistake, toy, tmp_path, monkeypatch, capsys):
+    mistake(monkeypatch)
+    assert run_here(*SMALL, "--out", tmp_path) == cli.OVER_BUDGET
+    assert "ABOVE the budget" in joined(capsys.readouterr().out)
+
+
+@pytest.mark.native
+def test_each_way_is_what_it_says():
+    """PEFT's own layers and the reference on one side, ours on the other, from the same weights."""
+    ways, left = step.both_ways(StepConfig(dimension=32), TOY)
+    eager, ours = (ways[name].pair for name in (step.EAGER, step.OURS))
+    layers = [[m for m in pair.student.modules() if isinstance(m, integration.Linear)] for pair in (eager, ours)]
+    assert not left and len(layers[0]) == len(layers[1]) == 16  # six of the encoder's layer, ten of the decoder's
+    assert {type(m) for m in layers[0]} == {integration.Linear} and {type(m) for m in layers[1]} == {AcceleratedLinear}
+    assert (eager.aligner.backend, ours.aligner.backend) == ("reference", "auto")
+    theirs = eager.trained()
+    assert ours.trained().keys() == theirs.keys()
+    for name, parameter in ours.trained().items():
+        assert parameter is not theirs[name] and parameter.equal(theirs[name])
+        assert ".lora_" in name or name.startswith("aligner.")
+    ours.set_dropout(0.25)
+    dropouts = [m for m in ours.student.modules() if isinstance(m, nn.Dropout)]
+    assert len(dropouts) == 16 and {m.p for m in dropouts} == {0.25}
+
+
+def test_the_student_is_the_teachers_first_layers():
+    pair = whisper.build(TOY, 32, seed=0)
+    teacher, base = pair.teacher.state_dict(), pair.student.get_base_model().state_dict()
+    for name, value in base.items():
+        if "lora_" not in name:
+            assert value.equal(teacher[name.replace(".base_layer", "")]), name
+    assert {len(pair.student.get_base_model().get_encoder().layers), len(pair.teacher.get_encoder().layers)} == {1, 2}
+
+
+def test_a_step_has_the_gradients_of_one_backward(monkeypatch):
+    pair, batch = whisper.build(TOY, 32, seed=0), whisper.batch(TOY, 2, seed=0)
+    pair.set_dropout(0.0)
+    trained = pair.trained()
+    inputs = {"input_features": batch.features, "decoder_input_ids": batch.tokens}
+    teacher, student = pair.teacher(**inputs), pair.student(**inputs)
+    alignment = pair.aligner([student.encoder_last_hidden_state], [teacher.encoder_last_hidden_state])
+    loss = alignment + step.soft_targets(student.logits, teacher.logits)
+    wanted = torch.autograd.grad(loss, list(trained.values()))
+    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    monkeypatch.setattr(optimizer, "step", lambda: None)
+    monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
+    found, seconds = step.train(step.Way(pair, optimizer), batch)
+    assert found == pytest.approx(loss.item()) and tuple(seconds) == PHASES
+    for parameter, grad in zip(trained.values(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+        assert grad.any()
+
+
+def test_soft_targets_are_the_divergence_at_a_temperature():
+    student, teacher = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    p, q = ((x / step.TEMPERATURE).softmax(-1) for x in (teacher, student))
+    wanted = step.TEMPERATURE**2 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(step.soft_targets(student, teacher), wanted)
+
+
+def test_nothing_to_compare_is_refused(toy, tmp_path, capsys):
+    with kd.use_backend("reference"):
+        assert run_here(*SMALL, "--out", tmp_path) == cli.REFUSED
+    assert "there is nothing to compare" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--dimension"])
+@pytest.mark.parametrize("value, message", [("0", "0 is too small, must be at least 1"), ("x", "'x' is no number")])
+def test_bad_options_are_refused(option, value, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_here(option, value)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_missing_packages_are_named_with_their_extra(monkeypatch, capsys):
+    found = cli.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("peft", "transformers") else found(name))
+    assert run_here() == cli.REFUSED
+    message = "kdtrainer: transformers and peft must be installed: pip install 'kdkernels[whisper]'\n"
+    assert capsys.readouterr().err == message
+
+
+def test_digits_needs_neither_transformers_nor_peft():
+    program = "import sys; sys.modules['peft'] = sys.modules['transformers'] = None; import kdtrainer.digits"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, check=True)
