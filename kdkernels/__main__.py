@@ -9,6 +9,7 @@ COMMANDS = {
     "doctor": "what is installed, which backend each operator will use and why, and a self-check",
     "validate": "every operator, backend, method and dtype against float64",
     "bench": "the microbenchmarks: medians, ratios, achieved rates, peak memory",
+    "host-overhead": "what a call costs the host, beside plain PyTorch's own cost of the same",
 }
 
 
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kdkernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, summary in COMMANDS.items():
-        module = import_module(f"kdkernels.cli.{name}")
+        module = import_module(f"kdkernels.cli.{name.replace('-', '_')}")
         subparser = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)

@@ -114,13 +114,25 @@ def choose(op: str, requested: str, device: str, dtypes: Iterable[torch.dtype]) 
     if requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}, but must be one of {', '.join(map(repr, BACKENDS))}")
     wanted = _default if requested == "auto" else requested
-    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()):
+    if torch.compiler.is_compiling():
+        return _row(op, wanted, device, dtypes)
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         if wanted not in ("auto", "reference"):
             raise RuntimeError(
                 f"{op} on backend {wanted!r} knows neither torch.func transforms (grad, vmap, forward-mode jvp) nor "
                 "torch.jit.trace; use backend='reference'"
             )
         wanted = "reference"
+    key = (id(TABLE), op, wanted, device, *dtypes)
+    if key not in _chosen:
+        _chosen[key] = _row(op, wanted, device, dtypes)
+    return _chosen[key]
+
+
+_chosen: dict[Any, Implementation] = {}
+
+
+def _row(op: str, wanted: str, device: str, dtypes: Iterable[torch.dtype]) -> Implementation:
     rows = [row for row in TABLE if row.op == op and wanted in ("auto", row.backend)]
     if wanted != "auto":
         if not rows:
@@ -140,7 +152,7 @@ def choose(op: str, requested: str, device: str, dtypes: Iterable[torch.dtype]) 
 
 def refuse_tangents(op: str, tensors: Iterable[torch.Tensor], remedy: str = "; use backend='reference'") -> None:
     """Raise RuntimeError where forward-mode derivatives would be lost without a word."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(f"{op} has no forward-mode derivative{' on this backend' if remedy else ''}{remedy}")

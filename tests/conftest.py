@@ -14,6 +14,7 @@ from kdkernels.testing.compare import poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = ("avx512", "avx2", "baseline")
+BF16_ISAS = ("amx", "avx512_bf16")  # avx512 and instructions for bfloat16
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import BF16_ISAS, ISAS, ROOT
 
 from kdkernels import _native
 from kdkernels.backend import TABLE
@@ -71,7 +71,7 @@ def test_doctor_json(environment):
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", (*BF16_ISAS, *ISAS))
 def test_doctor_says_which_instruction_set_was_forced(environment, isa):
     if isa not in _native.module().isas():
         pytest.skip(f"this CPU or build has no {isa}")
@@ -141,7 +141,7 @@ def test_validate_json(environment):
 
 @pytest.mark.native
 @pytest.mark.parametrize("products", ["own", "vendor"])
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", (*BF16_ISAS, *ISAS))
 def test_validate_native(environment, isa, products):
     """Every path that this machine can run, whichever it would take by itself."""
     if isa not in _native.module().isas():

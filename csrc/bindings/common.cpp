@@ -154,7 +154,14 @@ void bind_common(py::module_& m) {
       },
       "Who made the processor: intel, amd or other.");
   m.def(
-      "bf16_rate", [] { return current_isa().bf16_rate; },
+      "bf16_rate",
+      [] {
+        try {
+          return current_isa().bf16_rate;
+        } catch (const std::invalid_argument&) {  // the call that is planned will say so
+          return 1;
+        }
+      },
       "How many times faster bfloat16 numbers are multiplied than float32's, by the instruction set in use.");
   m.def("select_isa", &select_isa, py::arg("name"), "Use this instruction set from now on.");
 }

@@ -51,28 +51,29 @@ struct Fixed {
   constexpr operator int64_t() const { return n; }
 };
 
-// The tile: C (rows, cols) [+]= aᵀ · b (+ bias, a row, where it starts), with a[i, k] at a[i·a_row + k·a_k] and b's
-// rows, cols long, b_k apart.
-template <class T, class ARow, class AK, class BK>
-inline void multiply_tile(int64_t depth, const T* a, ARow a_row, AK a_k, const T* b, BK b_k, T* c, int64_t ldc,
-                          bool accumulate, const T* bias = nullptr) {
+// A tile: C (rows, columns) [+]= aᵀ · b (+ bias, a row, where it starts), with a[i, k] at a[i·a_row + k·a_k] and b's
+// rows b_k apart, of one vector of columns or two.
+template <int rows, int vectors, class T, class ARow, class AK, class BK>
+inline void multiply_block(int64_t depth, const T* a, ARow a_row, AK a_k, const T* b, BK b_k, T* c, int64_t ldc,
+                           bool accumulate, const T* bias = nullptr) {
   using V = Vector<T>;
   using U = UnalignedVector<T>;
-  constexpr int rows = Tile<T>::rows, lanes = kLanes<T>;
-  V sum[rows][2];
+  constexpr int lanes = kLanes<T>;
+  V sum[rows][vectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) {
-    sum[i][0] = sum[i][1] = V{};
-    __builtin_prefetch(c + i * ldc, 1);  // C arrives while the products run
-    __builtin_prefetch(c + i * ldc + 2 * lanes - 1, 1);
-  }
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      sum[i][v] = V{};
+      __builtin_prefetch(c + i * ldc + v * lanes, 1);  // C arrives while the products run
+    }
   for (int64_t k = 0; k < depth; ++k) {
-    const V b0 = *reinterpret_cast<const U*>(b), b1 = *reinterpret_cast<const U*>(b + lanes);
+    const auto* row = reinterpret_cast<const U*>(b);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const V ai = a[i * a_row] - V{};  // broadcast
-      sum[i][0] += ai * b0;
-      sum[i][1] += ai * b1;
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sum[i][v] += ai * row[v];
     }
     a += a_k;
     b += b_k;
@@ -81,13 +82,16 @@ inline void multiply_tile(int64_t depth, const T* a, ARow a_row, AK a_k, const T
   for (int i = 0; i < rows; ++i) {
     auto* p = reinterpret_cast<U*>(c + i * ldc);
     const auto* start = accumulate ? p : reinterpret_cast<const U*>(bias);
-    if (start) {
-      sum[i][0] += start[0];
-      sum[i][1] += start[1];
-    }
-    p[0] = sum[i][0];
-    p[1] = sum[i][1];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) p[v] = start ? sum[i][v] + start[v] : sum[i][v];
   }
+}
+
+// The tile of products, which fills the registers.
+template <class T, class ARow, class AK, class BK>
+inline void multiply_tile(int64_t depth, const T* a, ARow a_row, AK a_k, const T* b, BK b_k, T* c, int64_t ldc,
+                          bool accumulate, const T* bias = nullptr) {
+  multiply_block<Tile<T>::rows, 2>(depth, a, a_row, a_k, b, b_k, c, ldc, accumulate, bias);
 }
 
 template <class T>

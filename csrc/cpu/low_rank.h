@@ -70,9 +70,15 @@ void project(const Activation<T>& x, int64_t begin, int64_t end, const Panel<T>&
     const int64_t stride = direct ? x.view.row_stride : d;
     for (int64_t s = 0; s < panel.strips; ++s) {
       alignas(64) T sums[rows * cols] = {};
-      for (int64_t k = 0; k < d; k += Tile<T>::depth)
-        multiply_tile(min(Tile<T>::depth, d - k), a + k, stride, Fixed<1>{}, panel.strip(s) + k * cols, Fixed<cols>{},
-                      sums, cols, true);
+      const bool narrow = r - s * cols <= kLanes<T>;  // half a tile's columns are enough
+      for (int64_t k = 0; k < d; k += Tile<T>::depth) {
+        const int64_t depth = min(Tile<T>::depth, d - k);
+        const T* lines = panel.strip(s) + k * cols;
+        if (narrow)
+          multiply_block<rows, 1>(depth, a + k, stride, Fixed<1>{}, lines, Fixed<cols>{}, sums, cols, true);
+        else
+          multiply_block<rows, 2>(depth, a + k, stride, Fixed<1>{}, lines, Fixed<cols>{}, sums, cols, true);
+      }
       for (int64_t q = 0; q < valid; ++q)
         for (int64_t c = 0; c < min(cols, r - s * cols); ++c)
           out[(i + q) * r + s * cols + c] = scale * sums[q * cols + c];
@@ -84,18 +90,21 @@ void project(const Activation<T>& x, int64_t begin, int64_t end, const Panel<T>&
 // Each element sums its rows in order, whatever the threads.
 template <class T>
 class OuterSum {
+  // Ranks are multiples of 8 as a rule, which a tile of 14 rows would pad to 28.
+  static constexpr int kRows = kVectorBytes == 64 ? 16 : Tile<T>::rows, kVectors = kVectorBytes == 64 ? 1 : 2;
+
  public:
   OuterSum() = default;
   OuterSum(int64_t r, int64_t d, bool total)
       : r_(r),
         d_(d),
-        padded_(round_up(r + total, Tile<T>::rows)),
+        padded_(round_up(r + total, kRows)),
         stride_(round_up(d, Tile<T>::cols)),
         sums_(padded_ * stride_) {}
   explicit operator bool() const { return sums_.get(); }
 
   void add(int threads, const Activation<T>& x, int64_t begin, int64_t end, const T* narrow, T scale) {
-    constexpr int64_t rows = Tile<T>::rows, cols = Tile<T>::cols, lines = kOuterRows * kOuterColumns;
+    constexpr int64_t cols = kVectors * kLanes<T>, lines = kOuterRows * kOuterColumns;
     threads = useful_threads(threads, (end - begin) * d_ * r_);
     Buffer<T> rooms(threads * (lines + kOuterRows * padded_));
     parallel_for(threads, ceil_div(d_, kOuterColumns), [&](int64_t task, int worker) {
@@ -117,9 +126,9 @@ class OuterSum {
             right = room;
             stride = cols;
           }
-          for (int64_t k = 0; k < padded_; k += rows)
-            multiply_tile(n, left + k, Fixed<1>{}, padded_, right, stride, sums_.get() + k * stride_ + j, stride_,
-                          started_ || i > begin);
+          for (int64_t k = 0; k < padded_; k += kRows)
+            multiply_block<kRows, kVectors>(n, left + k, Fixed<1>{}, padded_, right, stride,
+                                            sums_.get() + k * stride_ + j, stride_, started_ || i > begin);
         }
       }
     });

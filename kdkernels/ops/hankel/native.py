@@ -17,8 +17,9 @@ LARGEST = 100  # orders up to here have their decomposition here: slower than LA
 def gramian_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(N, n), (N, n, m), (N, p, n) -> L_c, L_o (N, n, n) and the residuals of their traces (N, n + 1)."""
     N, n = Lambda.shape
-    L_c, L_o = (B.new_zeros(N, n, n) for _ in range(2))
-    residual_c, residual_o = (B.new_zeros(N, n + 1, dtype=B.real.dtype) for _ in range(2))
+    L_c, L_o = (B.new_empty(N, n, n) for _ in range(2))
+    room = B.new_empty if n else B.new_zeros  # without states nothing is left, and nothing runs
+    residual_c, residual_o = (room(N, n + 1, dtype=B.dtype.to_real()) for _ in range(2))
     run(Lambda, B, C, factor_c=L_c, factor_o=L_o, residual_c=residual_c, residual_o=residual_o)
     return L_c, L_o, residual_c, residual_o
 
@@ -27,7 +28,7 @@ def values(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> Tensor:
     """σ (N, n), computed in the dtype of the systems up to the crossover, in float64 above."""
     N, n = Lambda.shape
     if n <= LARGEST and horizon is None:
-        sigma = B.new_empty(N, n, dtype=B.real.dtype)
+        sigma = B.new_empty(N, n, dtype=B.dtype.to_real())
         run(Lambda, B, C, values=sigma)
         return sigma
     L_c, L_o = wide_factors(Lambda, B, C, horizon)

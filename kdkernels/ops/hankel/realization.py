@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdkernels.backend import REAL_OR_COMPLEX, refuse_tangents
 from kdkernels.contract import Contract, check_count, show
+from kdkernels.library import watched
 from kdkernels.ops.hankel.kernel import wide
 from kdkernels.ops.hankel.once import never, once
 from kdkernels.ops.svd import SVD
@@ -185,7 +186,8 @@ def _leading(markov: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U (N, pL, r), S (N, r) and Vh (N, r, mK) in float64."""
     h = wide(markov).reshape(-1, *markov.shape[-3:])
     finite = h.isfinite().flatten(1).all(-1)
-    H = BlockHankel(torch.where(finite[:, None, None, None], h, 0))
+    whole = h.device.type == "cpu" and not watched((h,)) and bool(finite.all())  # nobody waits for the answer
+    H = BlockHankel(h if whole else torch.where(finite[:, None, None, None], h, 0))
     if not len(h):
         U, S, Vh = h.new_zeros(0, H.shape[1], rank), h.real.new_zeros(0, rank), h.new_zeros(0, rank, H.shape[2])
     elif is_small(H, rank):
@@ -193,6 +195,8 @@ def _leading(markov: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     else:
         U, S, Vh = _iterate(H, rank)
     U, S, Vh = U[..., :rank], S[:, :rank], Vh[:, :rank]
+    if whole:
+        return U, S, Vh
     poison = torch.where(finite, 0.0, torch.nan)
     return U + poison[:, None, None], S + poison[:, None], Vh + poison[:, None, None]
 

@@ -9,9 +9,12 @@ All of it is float64, for float32 inputs too. The decomposition is LAPACK's: a �
 float64 the smallest of a graded system are not. A system with a NaN, an infinity or |λ| ≥ 1 gives NaN.
 """
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
+from kdkernels.library import watched
 from kdkernels.ops.hankel.kernel import compensated, horizon_factor, kappa, one_minus_product, projectors, wide
 from kdkernels.ops.svd import reference as decomposition
 
@@ -91,6 +94,8 @@ def hankel_energy(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None = No
     Lambda_, B_, C_ = map(wide, (Lambda, B, C))
     value, slope = kappa(Lambda_, horizon, Lambda.dtype)
     energy = ((B_ @ B_.mH) * (C_.mH @ C_).mT * (slope if horizon is None else value * value)).real.sum((-2, -1))
+    if horizon is None and _plainly_good(value, energy):
+        return energy.to(B.real.dtype)
     good = B_.detach().isfinite().all(-1).all(-1) & C_.detach().isfinite().all(-1).all(-1)
     if (
         horizon is None
@@ -101,6 +106,14 @@ def hankel_energy(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None = No
         energy = energy + 0 * Lambda_.real.sum(-1)  # one step does not depend on it, but its gradient is 0
     # a factor, so that the gradients of what cannot be served are NaN too; no system meets another's numbers
     return (energy * torch.where(good, 1.0, torch.nan)).to(B.real.dtype)
+
+
+def _plainly_good(kappa: Tensor, energy: Tensor) -> bool:
+    """Whether one look says that every system is stable and finite: on the CPU, where nobody waits for it."""
+    if energy.device.type != "cpu" or watched((kappa, energy)) or not kappa.numel():
+        return False
+    own = kappa.detach().diagonal(0, -2, -1).real
+    return isfinite(energy.detach().sum().item()) and 0 < own.min().item() and isfinite(own.max().item())
 
 
 def isolate(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
