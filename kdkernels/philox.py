@@ -55,14 +55,19 @@ def draw_states(count: int, device: torch.device) -> Tensor:
     process group, which often share a seed, get different ones.
     """
     room = torch.empty(count, 2, dtype=torch.int64, device=device)
-    return _drawn(room) if torch.compiler.is_compiling() else _draw(room)
+    return _drawn(room) if torch.compiler.is_compiling() else _fill(room)
+
+
+def _fill(states: Tensor) -> Tensor:
+    """One kernel, and one more on other ranks than the first: no host memory is read, so CUDA graphs draw anew."""
+    states.random_(-(2**63), 2**63 - 1)
+    if dist.is_available() and dist.is_initialized() and (rank := dist.get_rank()):
+        states[:, 1] += rank
+    return states
 
 
 def _draw(room: Tensor) -> Tensor:
-    states = torch.randint(-(2**63), 2**63 - 1, room.shape, device=room.device)
-    if dist.is_available() and dist.is_initialized():
-        states[:, 1] += dist.get_rank()
-    return states
+    return _fill(torch.empty_like(room))
 
 
 # An operator of its own, because compilers would draw a plain randint from a generator of theirs: other masks. Its

@@ -21,14 +21,14 @@ class Mutation(NamedTuple):
         return OPS.get(self.file, ())
 
 
-TRITON = "kdkernels/ops/projection_alignment/triton.py"
+TRITON = "kdkernels/ops/projection_alignment/kernels.py"
 ALIGNMENT = "csrc/cpu/projection_alignment.cpp"
 ROWS = "csrc/cpu/alignment_rows.h"
 CHOLESKY = "csrc/cpu/cholesky.h"
 LORA = "csrc/cpu/lora_linear.cpp"
 LOW_RANK = "csrc/cpu/low_rank.h"
 DROPOUT = "csrc/cpu/dropout.h"
-LORA_TRITON = "kdkernels/ops/lora_linear/triton.py"
+LORA_TRITON = "kdkernels/ops/lora_linear/kernels.py"
 LANES = "csrc/cpu/lanes.h"
 GENERATOR = "csrc/cpu/generator.h"
 HOUSEHOLDER = "csrc/cpu/householder.h"
@@ -55,9 +55,10 @@ TRITON_KERNELS = [
     Mutation("_dot", LORA_TRITON, "return tl.dot(a, b, total, ", "return tl.dot(a, b, 1.01 * total, "),
     Mutation("_masked", LORA_TRITON, "tl.interleave(w0 >= least, w2 >= least), tl.interleave(w1 >= least,", "tl.interleave(w0 >= least, w1 >= least), tl.interleave(w2 >= least,"),
     Mutation("lora_linear_project_kernel", LORA_TRITON, "N, RANKS[k], totals[k] * scales[k])", "N, RANKS[k], totals[k])"),
-    Mutation("lora_linear_reduce_kernel", LORA_TRITON, "m = _tile(m_ptrs[k], ranks, rows, 1, M_STRIDES[k][0], RANKS[k], N)", "m = _tile(m_ptrs[k], ranks, rows, 1, M_STRIDES[k][0], RANKS[k], N - 1)"),
-    Mutation("lora_linear_adapter_kernel", LORA_TRITON, "s = _tile(s_ptr, rows, ranks, S_STRIDE, 1, N, RANK) * scale", "s = _tile(s_ptr, rows, ranks, S_STRIDE, 1, N, RANK)"),
-    Mutation("lora_linear_expand_kernel", LORA_TRITON, "added = total + _masked(added, state_ptrs[k], thresholds[k], rows, first_col)", "added = total + _masked(added, state_ptrs[k], thresholds[k], rows, 0)"),
+    Mutation("lora_linear_reduce_kernel", LORA_TRITON, "m = _tile(m_ptrs[k], ranks, rows, 1, RANKS[k], RANKS[k], N)", "m = _tile(m_ptrs[k], ranks, rows, 1, RANKS[k], RANKS[k], N - 1)"),
+    Mutation("lora_linear_adapter_kernel", LORA_TRITON, "s = _tile(s_ptr, rows, ranks, RANK, 1, N, RANK) * scale", "s = _tile(s_ptr, rows, ranks, RANK, 1, N, RANK)"),
+    Mutation("lora_linear_expand_kernel", LORA_TRITON, "added = total + _masked(added, states_ptr, PLACES[k], thresholds[k], rows, first_col)", "added = total + _masked(added, states_ptr, PLACES[k], thresholds[k], rows, 0)"),
+    Mutation("lora_linear_sum_kernel", LORA_TRITON, "rows = step * BLOCK_N + tl.arange(0, BLOCK_N)", "rows = step * BLOCK_N + tl.arange(0, BLOCK_N) // 2 * 2"),
 ]  # fmt: skip
 
 NATIVE_KERNELS = [

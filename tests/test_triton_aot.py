@@ -94,17 +94,14 @@ def lora_linear() -> None:
     def launch(
         d_in: int, d_out: int, r: int, dtype: torch.dtype, adapter: torch.dtype, p: float = 0.0, K: int = 1
     ) -> None:
-        x, weights = torch.zeros(5, d_in, dtype=dtype), [torch.zeros(d_out, d_in, dtype=dtype) for _ in range(K)]
-        biases = [torch.zeros(d_out, dtype=dtype) if k == 0 else None for k in range(K)]
-        lora_A = [torch.zeros(r, d_in, dtype=adapter) for _ in range(K)]
-        lora_B = [torch.zeros(d_out, r, dtype=adapter) for _ in range(K)]
+        tensors: list[Any] = [torch.zeros(5, d_in, dtype=dtype)]
+        for k in range(K):
+            tensors += [torch.zeros(d_out, d_in, dtype=dtype), torch.zeros(r, d_in, dtype=adapter)]
+            tensors += [torch.zeros(d_out, r, dtype=adapter), torch.zeros(d_out, dtype=dtype) if k == 0 else None]
         outputs, projected = [torch.zeros(5, d_out, dtype=dtype) for _ in range(K)], [torch.zeros(5, r)] * K
-        options = ([1.0] * K, [p] * K, torch.zeros(K if p else 0, 2, dtype=torch.int64))
-        module.forward(x, weights, biases, lora_A, lora_B, *options, outputs, projected)
-        grads = [torch.empty_like(x), *([torch.empty_like(t) for t in group] for group in (weights, outputs))]
-        grads[2] = [torch.empty(d_out, dtype=dtype) for _ in range(K)]
-        grads += [[torch.empty_like(t) for t in group] for group in (lora_A, lora_B)]
-        module.backward(outputs, x, projected, weights, lora_A, lora_B, *options, *grads)
+        options = (tensors, [1.0, p] * K, torch.zeros(K, 2, dtype=torch.int64) if p else None, projected)
+        module.forward(*options, outputs)
+        module.backward(*options, outputs, [None if x is None else torch.empty_like(x) for x in tensors])
 
     for dtype, adapter in ((fp32, fp32), (bf16, fp32)):
         launch(64, 4096, 16, dtype, adapter)  # narrow enough for the fused matmul
@@ -155,7 +152,7 @@ def test_all_kernels(compiled: list[Any]) -> None:
     """Nothing named `*_kernel` is launched by nobody."""
     defined = set()
     for info in walk_packages(kdkernels.ops.__path__, "kdkernels.ops."):
-        if info.name.endswith(".triton"):
+        if info.name.endswith((".triton", ".kernels")):
             names = vars(import_module(info.name)).items()
             defined |= {name for name, x in names if isinstance(x, JITFunction) and name.endswith("_kernel")}
     assert defined
