@@ -14,7 +14,7 @@ from kdkernels.backend import TABLE
 from kdkernels.cli import bench, doctor, table
 from kdkernels.cli import validate as validation
 from kdkernels.ops.projection_alignment import api
-from kdkernels.testing import SUITES, names, operators, suite
+from kdkernels.testing import SUITES, host, names, operators, suite
 from kdkernels.testing.compare import Deviation
 from kdkernels.testing.memory import peak_extra_bytes
 from kdkernels.testing.timing import interleave, medians
@@ -265,3 +265,31 @@ def test_tables_without_rich(monkeypatch, capsys):
 def test_what_counts_as_a_number():
     assert all(map(table.is_number, ("", "1.50", "3.2e-07", "4.10×", "98%", "-2")))
     assert not any(map(table.is_number, ("ok", "cpu", "raised", "WRONG loss: 1e-3")))
+
+
+@pytest.mark.native
+def test_host_overhead_has_every_operator(environment, tmp_path):
+    path = tmp_path / "host.json"
+    result = kdkernels(environment, "host-overhead", "--rounds", "1", "--json", str(path))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(path.read_text())["results"]
+    assert {row["op"].removesuffix("_group") for row in rows} == set(SUITES)
+    assert all(row["ours_s"] > 0 and row["plain_s"] > 0 for row in rows)
+    directions = {row["direction"] for row in rows if row["op"] == "lora_linear"}
+    assert directions == {"forward", "forward and backward"}
+
+
+def test_host_overhead_refuses_no_rounds(environment):
+    result = kdkernels(environment, "host-overhead", "--rounds", "0")
+    assert result.returncode != 0 and "--rounds is 0, but must be at least 1" in result.stderr
+
+
+def test_what_the_host_is_compared_with_is_the_same_computation():
+    for case in host.cases():
+        with torch.no_grad():
+            found, expected = case.ours(), case.plain()
+        if case.op in ("balanced_truncation", "era") or "p=0.1" in case.name:  # up to a basis; other masks
+            continue
+        pairs = zip(*(y if isinstance(y, tuple) else (y,) for y in (found, expected)), strict=False)
+        for a, b in pairs:
+            torch.testing.assert_close(a.abs(), b.abs(), msg=lambda m, case=case: f"{case.op}: {m}")

@@ -60,19 +60,26 @@ def cases() -> Iterator[Case]:
 
     x, A, B, s, W_s, W_t = (one(1, 1) for _ in range(6))
     W, t = torch.ones(1, 1), torch.ones(1, 1)
-    for name, operands in (("both projected", (s, t, W_s, W_t)), ("one-sided", (s, t, W_s))):
-        leaves = tuple(y for y in operands if y.requires_grad)
-        yield Case(
+
+    def alignment(name: str, *operands: Tensor) -> Case:
+        return Case(
             "projection_alignment_loss", name,
-            lambda operands=operands: kd.projection_alignment_loss(*operands),
-            lambda operands=operands: eager_losses(*operands, metric="cosine").mean(), leaves,
+            lambda: kd.projection_alignment_loss(*operands),
+            lambda: eager_losses(*operands, metric="cosine").mean(),
+            tuple(y for y in operands if y.requires_grad),
         )  # fmt: skip
-    for p in (0.0, 0.1):
-        yield Case(
+
+    def layer(p: float) -> Case:
+        return Case(
             "lora_linear", f"p={p:g}",
-            lambda p=p: kd.lora_linear(x, W, A, B, dropout_p=p),
-            lambda p=p: lora.eager(x, F.dropout(x, p), W, None, A, B, 1.0), (x, A, B),
+            lambda: kd.lora_linear(x, W, A, B, dropout_p=p),
+            lambda: lora.eager(x, F.dropout(x, p), W, None, A, B, 1.0), (x, A, B),
         )  # fmt: skip
+
+    yield alignment("both projected", s, t, W_s, W_t)
+    yield alignment("one-sided", s, t, W_s)
+    yield layer(0.0)
+    yield layer(0.1)
     group = [kd.LoRA(W, one(1, 1), one(1, 1), None, 1.0, 0.1) for _ in range(3)]
     yield Case(
         "lora_linear_group", "q, k and v, p=0.1",

@@ -41,3 +41,14 @@ def unpack(tensors: Sequence[Any], numbers: Sequence[float]) -> list[LoRA]:
 def by_layer(tensors: Sequence[Any]) -> list[Sequence[Any]]:
     """What stands for weight, lora_A, lora_B and bias of each layer."""
     return [tensors[start : start + TENSORS] for start in range(1, len(tensors), TENSORS)]
+
+
+def sharing(*operands: Sequence[Tensor | None]) -> list[list[int]]:
+    """The places of layers that have the same tensors, by their places: of weights, or of weights and biases."""
+    if len(operands[0]) == 1:
+        return [[0]]
+    found: dict[Any, list[int]] = {}
+    for k, held in enumerate(zip(*operands, strict=True)):
+        key = (None if x is None else (x.data_ptr(), x.shape, x.stride()) for x in held)
+        found.setdefault(tuple(key), []).append(k)
+    return list(found.values())

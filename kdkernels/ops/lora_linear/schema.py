@@ -151,7 +151,10 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if len(used) < len(grads):
         places = [0, *(1 + TENSORS * k + i for k in used for i in range(TENSORS))]
         tensors, wanted = [tensors[i] for i in places], [wanted[i] for i in places]
-        projected, states = [projected[k] for k in used], None if states is None else states[used]
+        projected, states = (
+            [projected[k] for k in used],
+            None if states is None else torch.stack([states[k] for k in used]),
+        )
         numbers = [numbers[NUMBERS * k + i] for k in used for i in range(NUMBERS)]
     used_grads = [g for g in grads if g is not None]
     # nothing but what arrives can be watched here, unless this is to be differentiated again

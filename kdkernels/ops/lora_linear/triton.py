@@ -33,7 +33,7 @@ from torch import Tensor
 
 from kdkernels.launch import cdiv, power_of_2, undisturbed
 from kdkernels.ops.lora_linear import kernels
-from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS
+from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, sharing
 from kdkernels.ops.lora_linear.plan import (
     ADAPTER,
     MAX_RANK,
@@ -75,12 +75,12 @@ def forward(
     input, weights, lora_A, lora_B, biases, scalings, rates = _columns(tensors, numbers)
     with undisturbed(input):
         _project(input, lora_A, projected, dropping(rates), states, False)
-        for sharing in _by_weight(weights):
-            W = weights[sharing[0]]
-            fused = len(sharing) == 1 and fuses(W.shape[1], input.dtype)
+        for same in sharing(weights):
+            W = weights[same[0]]
+            fused = len(same) == 1 and fuses(W.shape[1], input.dtype)
             # of those that share a product the last is finished in place
-            base = input if fused else torch.mm(input, W.t(), out=outputs[sharing[-1]])
-            for k in sharing:
+            base = input if fused else torch.mm(input, W.t(), out=outputs[same[-1]])
+            for k in same:
                 adapter = [projected[k]], [lora_B[k]], outputs[k], scaled(scalings[k])
                 _expand(base, W if fused else None, biases[k], *adapter, None, True)
 
@@ -115,11 +115,11 @@ def backward(
         _reduce(input, [points[k] for k in trained], dA, of_dA, states, False, later)
         later.run()
         if grad_input is not None:
-            for i, sharing in enumerate(_by_weight(weights)):
-                dY = grad_outputs[sharing[0]]
-                for k in sharing[1:]:
+            for i, same in enumerate(sharing(weights)):
+                dY = grad_outputs[same[0]]
+                for k in same[1:]:
                     dY = dY + grad_outputs[k]
-                W = weights[sharing[0]]
+                W = weights[same[0]]
                 if i == 0:
                     torch.mm(dY, W, out=grad_input)
                 else:
@@ -165,16 +165,6 @@ def _precision(*dtypes: torch.dtype) -> str:
     """How operands widened to float32 are multiplied, for results of these dtypes."""
     exact = torch.float32 in dtypes and torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
-
-
-def _by_weight(weights: Sequence[Tensor]) -> list[list[int]]:
-    """The siblings that share a weight, by their places."""
-    if len(weights) == 1:
-        return [[0]]
-    found: dict[object, list[int]] = {}
-    for k, W in enumerate(weights):
-        found.setdefault((W.data_ptr(), W.shape, W.stride()), []).append(k)
-    return list(found.values())
 
 
 def _padded(values: Sequence[Any], filling: Any, count: int = kernels.MAX_SIBLINGS) -> list[Any]:
