@@ -98,10 +98,9 @@ def lora_linear() -> None:
         for k in range(K):
             tensors += [torch.zeros(d_out, d_in, dtype=dtype), torch.zeros(r, d_in, dtype=adapter)]
             tensors += [torch.zeros(d_out, r, dtype=adapter), torch.zeros(d_out, dtype=dtype) if k == 0 else None]
-        outputs, projected = [torch.zeros(5, d_out, dtype=dtype) for _ in range(K)], [torch.zeros(5, r)] * K
-        options = (tensors, [1.0, p] * K, torch.zeros(K, 2, dtype=torch.int64) if p else None, projected)
-        module.forward(*options, outputs)
-        module.backward(*options, outputs, [None if x is None else torch.empty_like(x) for x in tensors])
+        options = (tensors, [1.0, p] * K, torch.zeros(K, 2, dtype=torch.int64) if p else None)
+        found = module.forward(*options)
+        module.backward(*options, found[K:], found[:K], [x is not None for x in tensors])
 
     for dtype, adapter in ((fp32, fp32), (bf16, fp32)):
         launch(64, 4096, 16, dtype, adapter)  # narrow enough for the fused matmul

@@ -32,6 +32,16 @@ struct Batch {
 View view_of(py::handle tensor);
 Batch batch_of(py::handle tensor);
 
+// A tensor as it lies in memory, held while it is used: torch keeps some signs, and some zeros, elsewhere.
+struct Held {
+  py::object tensor;
+  View view;
+};
+Held hold(py::handle tensor);
+
+// A new tensor (rows, cols) of another's kind, of its dtype or the one named; (rows,) where cols is negative.
+Held new_room(py::handle like, int64_t rows, int64_t cols, const char* dtype = nullptr);
+
 // Throw ValueError, naming the argument, unless an absent-or-present view has this many rows and columns.
 void check_shape(const char* name, const View& view, int64_t rows, int64_t cols);
 // Throw unless an absent-or-present batch has matrices of this size, as many as another, of its dtype and complex or

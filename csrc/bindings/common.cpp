@@ -46,6 +46,7 @@ struct Name {
 
 struct Names {
   Name dtype{"dtype"}, shape{"shape"}, stride{"stride"}, data_ptr{"data_ptr"}, is_contiguous{"is_contiguous"};
+  Name is_neg{"is_neg"}, resolve_neg{"resolve_neg"}, is_zerotensor{"_is_zerotensor"}, new_empty{"new_empty"};
 };
 
 const Names& names() {
@@ -97,6 +98,30 @@ Batch batch_of(py::handle tensor) {
   const int64_t numbers = batch.rows * batch.cols * (number.is_complex ? 2 : 1);
   batch.matrices = {address_of(tensor), number.dtype, shape[0], numbers, numbers, 1};
   return batch;
+}
+
+Held hold(py::handle tensor) {
+  if (tensor.is_none()) return {py::none(), {}};
+  auto held = py::reinterpret_borrow<py::object>(tensor);
+  if (names().is_zerotensor.call(held).ptr() == Py_True)
+    held = py::module_::import("torch").attr("zeros_like")(held);
+  else if (names().is_neg.call(held).ptr() == Py_True)
+    held = names().resolve_neg.call(held);
+  const View view = view_of(held);
+  return {std::move(held), view};
+}
+
+Held new_room(py::handle like, int64_t rows, int64_t cols, const char* dtype) {
+  static const py::handle names_of_options = py::make_tuple("dtype").release();
+  const py::int_ row_count(rows), col_count(cols);
+  PyObject* arguments[] = {like.ptr(), row_count.ptr(), col_count.ptr(), nullptr};
+  const size_t count = cols < 0 ? 2 : 3;
+  py::object option;
+  if (dtype) option = py::module_::import("torch").attr(dtype), arguments[count] = option.ptr();
+  py::object made = Name::checked(PyObject_VectorcallMethod(names().new_empty.interned, arguments, count,
+                                                            dtype ? names_of_options.ptr() : nullptr));
+  const View view = view_of(made);
+  return {std::move(made), view};
 }
 
 void check_given(const char* name, const View& view) {

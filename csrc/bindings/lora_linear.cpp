@@ -11,55 +11,66 @@
 namespace kd {
 namespace {
 
-using Views = std::vector<View>;
+using States = std::vector<std::pair<int64_t, int64_t>>;  // seed and offset of each mask, or none
 
-// A call whose layers know their operands, as kdkernels/ops/lora_linear/call.py packs them: `tensors` is the input,
-// then weight, lora_A, lora_B and bias of each layer, `numbers` scaling and dropout_p of each.
-LoraLinear make_call(const Views& tensors, const std::vector<double>& numbers,
-                     const std::vector<std::pair<int64_t, int64_t>>& states, const Views& projected,
-                     std::vector<LoraLayer>& layers) {
-  const size_t K = projected.size();
-  if (tensors.size() != 1 + 4 * K || numbers.size() != 2 * K || (!states.empty() && states.size() != K))
-    throw py::value_error("every layer needs its operands, numbers and state");
-  LoraLinear call;
-  call.input = tensors[0];
-  check_given("input", call.input);
-  call.accumulate = K && projected[0].dtype == DType::float64 ? DType::float64 : DType::float32;
-  layers.resize(K);
-  for (size_t k = 0; k < K; ++k) {
-    LoraLayer& layer = layers[k];
-    const View* operands = &tensors[1 + 4 * k];
-    layer.weight = operands[0];
-    layer.lora_A = operands[1];
-    layer.lora_B = operands[2];
-    layer.bias = operands[3];
-    layer.projected = projected[k];
-    check_given("weight", layer.weight);
-    check_given("lora_A", layer.lora_A);
-    check_given("lora_B", layer.lora_B);
-    check_given("projected", layer.projected);
-    const int64_t d_out = layer.weight.rows, r = layer.lora_A.rows;
-    check_shape("weight", layer.weight, d_out, call.input.cols);
-    check_shape("bias", layer.bias, d_out, 1);
-    check_shape("lora_A", layer.lora_A, r, call.input.cols);
-    check_shape("lora_B", layer.lora_B, d_out, r);
-    check_shape("projected", layer.projected, call.input.rows, r);
-    check_dtype("projected", layer.projected, call.accumulate);
-    if (layer.projected.row_stride != r) throw py::value_error("projected must be contiguous");
-    layer.scaling = numbers[2 * k];
-    layer.dropout_p = numbers[2 * k + 1];
-    if (!(layer.dropout_p >= 0 && layer.dropout_p < 1))
-      throw py::value_error("dropout_p must be at least 0 and below 1");
-    if (layer.dropout_p > 0 && states.empty()) throw py::value_error("every mask needs its state");
-    if (!states.empty()) {
-      layer.seed = static_cast<uint64_t>(states[k].first);
-      layer.offset = static_cast<uint64_t>(states[k].second);
+// A call, as kdkernels/ops/lora_linear/call.py packs it: `tensors` is the input, then weight, lora_A, lora_B and bias
+// of each layer, `numbers` scaling and dropout_p of each.
+class Call {
+ public:
+  Call(const py::list& tensors, const std::vector<double>& numbers, const States& states) {
+    const size_t K = numbers.size() / 2;
+    if (tensors.size() != 1 + 4 * K || numbers.size() != 2 * K || (!states.empty() && states.size() != K))
+      throw py::value_error("every layer needs its operands, numbers and state");
+    for (const py::handle tensor : tensors) held_.push_back(hold(tensor));
+    linear.input = held_[0].view;
+    check_given("input", linear.input);
+    layers.resize(K);
+    for (size_t k = 0; k < K; ++k) {
+      LoraLayer& layer = layers[k];
+      const Held* operands = &held_[1 + 4 * k];
+      layer.weight = operands[0].view;
+      layer.lora_A = operands[1].view;
+      layer.lora_B = operands[2].view;
+      layer.bias = operands[3].view;
+      check_given("weight", layer.weight);
+      check_given("lora_A", layer.lora_A);
+      check_given("lora_B", layer.lora_B);
+      const int64_t d_out = layer.weight.rows, r = layer.lora_A.rows;
+      if (layer.bias.rows == 0) layer.bias = {};  // how torch.library passes one that is absent
+      check_shape("weight", layer.weight, d_out, linear.input.cols);
+      check_shape("bias", layer.bias, d_out, 1);
+      check_shape("lora_A", layer.lora_A, r, linear.input.cols);
+      check_shape("lora_B", layer.lora_B, d_out, r);
+      layer.scaling = numbers[2 * k];
+      layer.dropout_p = numbers[2 * k + 1];
+      if (!(layer.dropout_p >= 0 && layer.dropout_p < 1))
+        throw py::value_error("dropout_p must be at least 0 and below 1");
+      if (layer.dropout_p > 0 && states.empty()) throw py::value_error("every mask needs its state");
+      if (!states.empty()) {
+        layer.seed = static_cast<uint64_t>(states[k].first);
+        layer.offset = static_cast<uint64_t>(states[k].second);
+      }
     }
+    linear.accumulate = linear.input.dtype == DType::float64 ? DType::float64 : DType::float32;
+    linear.layers = layers.data();
+    linear.count = static_cast<int64_t>(K);
   }
-  call.layers = layers.data();
-  call.count = static_cast<int64_t>(K);
-  return call;
-}
+
+  void set_projected(size_t k, const View& view) {
+    LoraLayer& layer = layers[k];
+    check_given("projected", view);
+    check_shape("projected", view, linear.input.rows, layer.lora_A.rows);
+    check_dtype("projected", view, linear.accumulate);
+    if (view.row_stride != layer.lora_A.rows && view.rows > 1) throw py::value_error("projected must be contiguous");
+    layer.projected = view;
+  }
+
+  LoraLinear linear;
+  std::vector<LoraLayer> layers;
+
+ private:
+  std::vector<Held> held_;
+};
 
 }  // namespace
 
@@ -74,59 +85,87 @@ void bind_lora_linear(py::module_& m) {
 
   m.def(
       "lora_linear_forward",
-      [](const Views& tensors, const std::vector<double>& numbers,
-         const std::vector<std::pair<int64_t, int64_t>>& states, const Views& projected, const Views& outputs,
+      [](const py::list& tensors, const std::vector<double>& numbers, const States& states, bool finished,
          int threads) {
         check_threads(threads);
-        std::vector<LoraLayer> layers;
-        const LoraLinear call = make_call(tensors, numbers, states, projected, layers);
-        if (outputs.size() != layers.size()) throw py::value_error("every layer needs its output");
-        for (size_t k = 0; k < layers.size(); ++k) {
-          layers[k].output = outputs[k];
-          check_shape("output", layers[k].output, call.input.rows, layers[k].weight.rows);
+        Call call(tensors, numbers, states);
+        const py::handle input = tensors[0];
+        const size_t K = call.layers.size();
+        const int64_t N = call.linear.input.rows;
+        const char* narrow = call.linear.input.dtype == DType::bfloat16 ? "float32" : nullptr;
+        py::list results(2 * K);
+        for (size_t k = 0; k < K; ++k) {
+          Held y = new_room(input, N, call.layers[k].weight.rows);
+          Held S = new_room(input, N, call.layers[k].lora_A.rows, narrow);
+          if (finished) call.layers[k].output = y.view;
+          call.set_projected(k, S.view);
+          results[k] = std::move(y.tensor);
+          results[K + k] = std::move(S.tensor);
         }
-        const auto& kernels = *current_isa().lora_linear;
-        py::gil_scoped_release release;
-        kernels.forward(call, threads);
+        {
+          const auto& kernels = *current_isa().lora_linear;
+          py::gil_scoped_release release;
+          kernels.forward(call.linear, threads);
+        }
+        return results;
       },
-      "Without outputs: `projected` alone.", py::arg("tensors"), py::arg("numbers"), py::arg("states"),
-      py::arg("projected"), py::arg("outputs"), py::arg("threads"));
+      "Y (N, d_out) of each layer, then S (N, r). Unless `finished`, Y holds nothing yet.", py::arg("tensors"),
+      py::arg("numbers"), py::arg("states"), py::arg("finished"), py::arg("threads"));
 
   m.def(
       "lora_linear_backward",
-      [](const Views& tensors, const std::vector<double>& numbers,
-         const std::vector<std::pair<int64_t, int64_t>>& states, const Views& projected, const Views& grad_outputs,
-         const Views& grads, bool base_done, int threads) {
+      [](const py::list& tensors, const std::vector<double>& numbers, const States& states,
+         const std::vector<View>& projected, const py::list& grad_outputs, py::list grads, bool base_done,
+         int threads) {
         check_threads(threads);
-        std::vector<LoraLayer> layers;
-        LoraLinear call = make_call(tensors, numbers, states, projected, layers);
-        if (grad_outputs.size() != layers.size() || grads.size() != tensors.size())
+        Call call(tensors, numbers, states);
+        const size_t K = call.layers.size();
+        if (projected.size() != K || grad_outputs.size() != K || grads.size() != tensors.size())
           throw py::value_error("every layer needs its gradients");
-        call.base_done = base_done;
-        call.grad_input = grads[0];
-        check_shape("grad_input", call.grad_input, call.input.rows, call.input.cols);
-        for (size_t k = 0; k < layers.size(); ++k) {
-          LoraLayer& layer = layers[k];
-          const View* room = &grads[1 + 4 * k];
-          layer.grad_output = grad_outputs[k];
-          layer.grad_weight = room[0];
-          layer.grad_A = room[1];
-          layer.grad_B = room[2];
-          layer.grad_bias = room[3];
+        std::vector<Held> held;  // what arrives
+        std::vector<View> rooms(grads.size());
+        for (size_t i = 0; i < grads.size(); ++i) {
+          if (grads[i].ptr() == Py_True) {
+            const View like = view_of(tensors[i]);
+            const bool is_vector = i > 0 && i % 4 == 0;
+            Held room = new_room(tensors[i], like.rows, is_vector ? -1 : like.cols);
+            rooms[i] = room.view;
+            grads[i] = std::move(room.tensor);
+          } else {
+            rooms[i] = view_of(grads[i]);
+          }
+        }
+        call.linear.base_done = base_done;
+        call.linear.grad_input = rooms[0];
+        check_shape("grad_input", rooms[0], call.linear.input.rows, call.linear.input.cols);
+        for (size_t k = 0; k < K; ++k) {
+          LoraLayer& layer = call.layers[k];
+          call.set_projected(k, projected[k]);
+          held.push_back(hold(grad_outputs[k]));
+          layer.grad_output = held.back().view;
+          layer.grad_weight = base_done ? View{} : rooms[1 + 4 * k];
+          layer.grad_A = rooms[2 + 4 * k];
+          layer.grad_B = rooms[3 + 4 * k];
+          layer.grad_bias = rooms[4 + 4 * k];
           check_given("grad_output", layer.grad_output);
-          check_shape("grad_output", layer.grad_output, call.input.rows, layer.weight.rows);
+          check_shape("grad_output", layer.grad_output, call.linear.input.rows, layer.weight.rows);
           check_shape("grad_weight", layer.grad_weight, layer.weight.rows, layer.weight.cols);
           check_shape("grad_bias", layer.grad_bias, layer.weight.rows, 1);
           check_shape("grad_A", layer.grad_A, layer.lora_A.rows, layer.lora_A.cols);
           check_shape("grad_B", layer.grad_B, layer.lora_B.rows, layer.lora_B.cols);
         }
-        const auto& kernels = *current_isa().lora_linear;
-        py::gil_scoped_release release;
-        kernels.backward(call, threads);
+        {
+          const auto& kernels = *current_isa().lora_linear;
+          py::gil_scoped_release release;
+          kernels.backward(call.linear, threads);
+        }
+        return grads;
       },
-      "`grads` has room in the order of `tensors`, where a gradient is wanted.", py::arg("tensors"), py::arg("numbers"),
-      py::arg("states"), py::arg("projected"), py::arg("grad_outputs"), py::arg("grads"), py::arg("base_done"),
-      py::arg("threads"));
+      "`grads`, in the order of `tensors`: None where no gradient is wanted, else room for it, or True to have it "
+      "made. "
+      "With `base_done` the base layers' part is there already.",
+      py::arg("tensors"), py::arg("numbers"), py::arg("states"), py::arg("projected"), py::arg("grad_outputs"),
+      py::arg("grads"), py::arg("base_done"), py::arg("threads"));
 }
 
 }  // namespace kd

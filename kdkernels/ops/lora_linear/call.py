@@ -7,7 +7,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from kdkernels.ops.lora_linear.reference import accumulation_dtype
 
 TENSORS, NUMBERS = 4, 2  # of a layer
 
@@ -52,3 +55,31 @@ def sharing(*operands: Sequence[Tensor | None]) -> list[list[int]]:
         key = (None if x is None else (x.data_ptr(), x.shape, x.stride()) for x in held)
         found.setdefault(tuple(key), []).append(k)
     return list(found.values())
+
+
+def room(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """For Y (N, d_out) of each layer, then for S (N, r)."""
+    input, layers = tensors[0], by_layer(tensors)
+    assert input is not None
+    N, wide = input.shape[0], accumulation_dtype(input.dtype)
+    outputs = [input.new_empty(N, W.shape[0]) for W, *_ in layers]
+    return outputs + [input.new_empty(N, A.shape[0], dtype=wide) for _, A, *_ in layers]
+
+
+def gradient_room(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """For the gradients in `needs`, contiguous whatever the strides of their tensors."""
+    return [x.new_empty(*x.shape) if x is not None and need else None for x, need in zip(tensors, needs, strict=True)]
+
+
+def readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tensors as they lie in memory; a bias that is absent, which under torch.library has no elements, is None."""
+    found = resolved(tensors)
+    for i in range(TENSORS, len(found), TENSORS):
+        bias = found[i]
+        found[i] = None if bias is not None and not bias.numel() else bias
+    return found
+
+
+def resolved(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tensors as they lie in memory: torch keeps some signs, and some zeros, elsewhere."""
+    return [x if x is None else torch.zeros_like(x) if x._is_zerotensor() else x.resolve_neg() for x in tensors]

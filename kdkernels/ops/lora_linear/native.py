@@ -4,6 +4,7 @@ The kernels are in csrc/cpu/lora_linear.cpp, their formulas in csrc/include/kdke
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,22 +12,21 @@ from torch import Tensor
 from kdkernels import _native
 from kdkernels.gemm import vendor_multiplies
 from kdkernels.ops.lora_linear import vendor
-from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, unpack
+from kdkernels.ops.lora_linear.call import NUMBERS, LoRA, gradient_room, readable, unpack
 
 Maybe = Sequence[Tensor | None]
 
 
-def forward(
-    tensors: Maybe, numbers: Sequence[float], states: Tensor | None, projected: Sequence[Tensor], outputs: list[Tensor]
-) -> None:
-    """Fill each output (N, d_out) and projected (N, r) (see `schema.lora_linear`)."""
+def forward(tensors: Maybe, numbers: Sequence[float], states: Tensor | None) -> list[Tensor]:
+    """Y of each layer, then S (see `schema.lora_linear`)."""
     by_vendor = _vendor_multiplies(tensors)
-    absent = [None] * len(outputs)
-    _native.module().lora_linear_forward(
-        tensors, numbers, _words(states), projected, absent if by_vendor else outputs, torch.get_num_threads()
+    found = _native.module().lora_linear_forward(
+        tensors, numbers, _words(states), not by_vendor, torch.get_num_threads()
     )
     if by_vendor:
-        vendor.finish(tensors[0], unpack(tensors, numbers), projected, outputs)  # type: ignore[arg-type]
+        input, layers = _as_layers(tensors, numbers)
+        vendor.finish(input, layers, found[len(layers) :], found)
+    return found
 
 
 def backward(
@@ -35,20 +35,27 @@ def backward(
     states: Tensor | None,
     projected: Sequence[Tensor],
     grad_outputs: Sequence[Tensor],
-    grads: list[Tensor | None],
-) -> None:
-    """Fill every gradient that has room."""
-    base_done = _vendor_multiplies(tensors)
-    if base_done:
-        input, layers = tensors[0], unpack(tensors, numbers)
-        assert input is not None
-        vendor.differentiate_base(input, layers, grad_outputs, grads)
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of `tensors` that are needed."""
+    by_vendor = _vendor_multiplies(tensors)
+    rooms: list[Any] = [need or None for need in needs]
+    if by_vendor:
+        rooms = gradient_room(tensors, needs)
+        input, layers = _as_layers(tensors, numbers)
+        vendor.differentiate_base(input, layers, grad_outputs, rooms)
         if input.dtype is not torch.bfloat16 and not any(numbers[1::NUMBERS]):
-            return vendor.differentiate_adapters(input, layers, projected, grad_outputs, grads)
-        grads = [None if i % TENSORS == 1 else g for i, g in enumerate(grads)]
-    _native.module().lora_linear_backward(
-        tensors, numbers, _words(states), projected, grad_outputs, grads, base_done, torch.get_num_threads()
+            vendor.differentiate_adapters(input, layers, projected, grad_outputs, rooms)
+            return rooms
+    return _native.module().lora_linear_backward(
+        tensors, numbers, _words(states), projected, grad_outputs, rooms, by_vendor, torch.get_num_threads()
     )
+
+
+def _as_layers(tensors: Maybe, numbers: Sequence[float]) -> tuple[Tensor, list[LoRA]]:
+    operands = readable(tensors)
+    assert operands[0] is not None
+    return operands[0], unpack(operands, numbers)
 
 
 def _vendor_multiplies(tensors: Maybe) -> bool:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.library import needs, operator
-from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, by_layer
-from kdkernels.ops.lora_linear.reference import accumulation_dtype
+from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, by_layer, gradient_room, room
 
 BATCHED = "lora_linear's accelerated backward takes no batches of gradients; use backend='reference' for that"
 TWICE = "lora_linear's accelerated backward cannot be differentiated again; use backend='reference' for that"
@@ -29,17 +28,16 @@ def lora_linear(
     tensors: Sequence[Tensor | None], numbers: Sequence[float], states: Tensor | None, backend: str
 ) -> list[Tensor]:
     """Y_k (N, d_out) of each layer, then S_k (N, r). `states` is (K, 2) int64, or None where nothing is dropped."""
-    outputs, projected = _room(tensors)
-    if len(outputs[0]) >= MOST_POINTS:
-        raise ValueError(f"input has {len(outputs[0])} points, but must have fewer than 2**32")
-    _implementation(backend).forward(_read(tensors), numbers, states, projected, outputs)
-    return outputs + projected
+    input = tensors[0]
+    assert input is not None
+    if input.shape[0] >= MOST_POINTS:
+        raise ValueError(f"input has {input.shape[0]} points, but must have fewer than 2**32")
+    return _implementation(backend).forward(tensors, numbers, states)
 
 
 @lora_linear.register_fake
 def _(tensors: Sequence[Tensor | None], numbers: Sequence[float], states: Tensor | None, backend: str) -> list[Tensor]:
-    outputs, projected = _room(tensors)
-    return outputs + projected
+    return room(tensors)
 
 
 @operator("kdkernels::lora_linear_backward")
@@ -53,9 +51,7 @@ def lora_linear_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of `tensors`, contiguous whatever their strides; those not in `needs` are None."""
-    grads = _gradient_room(tensors, needs)
-    _implementation(backend).backward(_read(tensors), numbers, states, projected, resolved(grad_outputs), grads)
-    return grads  # type: ignore[return-value]
+    return _implementation(backend).backward(tensors, numbers, states, projected, grad_outputs, needs)
 
 
 @lora_linear_backward.register_fake
@@ -68,41 +64,13 @@ def _(
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    return _gradient_room(tensors, needs)  # type: ignore[return-value]
+    return gradient_room(tensors, needs)  # type: ignore[return-value]
 
 
 @cache
 def _implementation(backend: str) -> Any:
     """`native` or `triton`: imported when first used, so that importing kdkernels imports neither."""
     return import_module(f"kdkernels.ops.lora_linear.{backend}")
-
-
-def _room(tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """For each Y and each S."""
-    input = tensors[0]
-    assert input is not None
-    N, wide = input.shape[0], accumulation_dtype(input.dtype)
-    layers = by_layer(tensors)
-    outputs = [input.new_empty(N, W.shape[0]) for W, *_ in layers]
-    return outputs, [input.new_empty(N, A.shape[0], dtype=wide) for _, A, *_ in layers]
-
-
-def _gradient_room(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
-    return [x.new_empty(*x.shape) if x is not None and need else None for x, need in zip(tensors, needs, strict=True)]
-
-
-def _read(tensors: Tensors) -> list[Tensor | None]:
-    """What kernels read: an absent bias, which has no elements under torch.library, is None."""
-    found = resolved(tensors)
-    for i in range(TENSORS, len(found), TENSORS):
-        bias = found[i]
-        found[i] = None if bias is not None and not bias.numel() else bias
-    return found
-
-
-def resolved(tensors: Tensors) -> list[Tensor | None]:
-    """Tensors as they lie in memory: torch keeps some signs, and some zeros, elsewhere."""
-    return [x if x is None else torch.zeros_like(x) if x._is_zerotensor() else x.resolve_neg() for x in tensors]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from kdkernels.launch import cdiv, power_of_2, undisturbed
 from kdkernels.ops.lora_linear import kernels
-from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, sharing
+from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, gradient_room, readable, resolved, room, sharing
 from kdkernels.ops.lora_linear.plan import (
     ADAPTER,
     MAX_RANK,
@@ -64,15 +64,11 @@ def fuses(d_in: int, dtype: torch.dtype) -> bool:
     return LOSS * 2 * d_in < 2 * dtype.itemsize * ratio
 
 
-def forward(
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    states: Tensor | None,
-    projected: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-) -> None:
-    """Fill `outputs` with each Y (N, d_out) and `projected` with each S (N, r)."""
-    input, weights, lora_A, lora_B, biases, scalings, rates = _columns(tensors, numbers)
+def forward(tensors: Sequence[Tensor | None], numbers: Sequence[float], states: Tensor | None) -> list[Tensor]:
+    """Y of each layer, then S (see `schema.lora_linear`)."""
+    found = room(tensors)
+    outputs, projected = found[: len(found) // 2], found[len(found) // 2 :]
+    input, weights, lora_A, lora_B, biases, scalings, rates = _columns(readable(tensors), numbers)
     with undisturbed(input):
         _project(input, lora_A, projected, dropping(rates), states, False)
         for same in sharing(weights):
@@ -83,6 +79,7 @@ def forward(
             for k in same:
                 adapter = [projected[k]], [lora_B[k]], outputs[k], scaled(scalings[k])
                 _expand(base, W if fused else None, biases[k], *adapter, None, True)
+    return found
 
 
 def backward(
@@ -91,10 +88,12 @@ def backward(
     states: Tensor | None,
     projected: Sequence[Tensor],
     grad_outputs: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-) -> None:
-    """Fill each gradient that is not None."""
-    input, weights, lora_A, lora_B, _, scalings, rates = _columns(tensors, numbers)
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of `tensors` that are needed."""
+    grads = gradient_room(tensors, needs)
+    arriving: list[Any] = resolved(grad_outputs)
+    input, weights, lora_A, lora_B, _, scalings, rates = _columns(readable(tensors), numbers)
     grad_input, grad_weights, grad_A, grad_B, grad_biases, *_ = _columns(grads, numbers)
     K = range(len(weights))
     with undisturbed(input):
@@ -102,7 +101,7 @@ def backward(
             None if grad_input is None and grad_A[k] is None else torch.empty_like(projected[k]) for k in K
         ]  # each dS
         first, later = Sums(), Sums()  # what the next kernels read, and what nobody here does
-        for k, dY in enumerate(grad_outputs):
+        for k, dY in enumerate(arriving):
             _adapter(dY, lora_B[k], projected[k], scalings[k], points[k], grad_B[k], first, later)
             if (dW := grad_weights[k]) is not None:
                 torch.mm(dY.t(), input, out=dW)
@@ -116,9 +115,9 @@ def backward(
         later.run()
         if grad_input is not None:
             for i, same in enumerate(sharing(weights)):
-                dY = grad_outputs[same[0]]
+                dY = arriving[same[0]]
                 for k in same[1:]:
-                    dY = dY + grad_outputs[k]
+                    dY = dY + arriving[k]
                 W = weights[same[0]]
                 if i == 0:
                     torch.mm(dY, W, out=grad_input)
@@ -126,6 +125,7 @@ def backward(
                     torch.addmm(grad_input, dY, W, out=grad_input)
             for batch in batches(len(weights), kernels.MAX_SIBLINGS):
                 _expand(grad_input, None, None, points[batch], lora_A[batch], grad_input, masks[batch], states, False)
+    return grads
 
 
 def _columns(tensors: Sequence[Any], numbers: Sequence[float]) -> tuple[Any, ...]:

@@ -15,9 +15,9 @@ Maybe = Sequence[Tensor | None]
 
 
 def finish(input: Tensor, layers: Sequence[LoRA], projected: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Fill each output (N, d_out), from S = x̂ Aᵀ (N, r)."""
+    """Fill each output (N, d_out), the first of `outputs`, from S = x̂ Aᵀ (N, r)."""
     if input.dtype is torch.bfloat16:
-        for y, S, layer in zip(outputs, projected, layers, strict=True):
+        for y, S, layer in zip(outputs, projected, layers, strict=False):
             y.copy_(joined(input, S, layer))
         return
     for first, *others in sharing([a.weight for a in layers], [a.bias for a in layers]):
@@ -26,7 +26,7 @@ def finish(input: Tensor, layers: Sequence[LoRA], projected: Sequence[Tensor], o
         torch.mm(input, W, out=y) if layer.bias is None else torch.addmm(layer.bias, input, W, out=y)
         for k in others:
             outputs[k].copy_(y)
-    for y, S, layer in zip(outputs, projected, layers, strict=True):
+    for y, S, layer in zip(outputs, projected, layers, strict=False):
         y.addmm_(S, layer.lora_B.T.to(S.dtype), alpha=layer.scaling)
 
 
