@@ -37,8 +37,9 @@ def test_help_names_the_commands(environment):
 def test_every_op_of_the_table_has_a_suite():
     assert {row.op for row in TABLE} == set(SUITES)
     for op in SUITES:
-        assert list(suite(op).workloads(quick=True))
-        assert len({w.name for w in suite(op).workloads()}) == len(suite(op).workloads())
+        for device in ("cpu", "cuda"):
+            assert list(suite(op).workloads(quick=True, device=device))
+            assert len({w.name for w in suite(op).workloads(device=device)}) == len(suite(op).workloads(device=device))
 
 
 def test_a_reader_that_leaves_early_is_no_error(environment):
@@ -293,3 +294,16 @@ def test_what_the_host_is_compared_with_is_the_same_computation():
         pairs = zip(*(y if isinstance(y, tuple) else (y,) for y in (found, expected)), strict=False)
         for a, b in pairs:
             torch.testing.assert_close(a.abs(), b.abs(), msg=lambda m, case=case: f"{case.op}: {m}")
+
+
+@pytest.mark.parametrize("op", SUITES)
+def test_what_is_measured_on_a_gpu_is_right_on_the_cpu(op):
+    """Small, through each variant that a CPU has: what cannot be run here is at least no slip of the pen."""
+    for workload in suite(op).workloads(quick=True, device="cuda"):
+        if workload.op != op:
+            continue
+        session = workload.open("cpu")
+        variants = {name: step for name, step in session.variants().items() if name in ("eager", "linear", "kdkernels")}
+        judged = bench.verdicts(session, variants)
+        assert all(d.ok for d in judged["kdkernels"]), (workload.name, judged["kdkernels"])
+        assert session.cost("kdkernels").flops > 0

@@ -24,7 +24,7 @@ from kdkernels.testing.timing import interleave, medians
 
 COLUMNS = (
     *("case", "variant", "ms", "× eager", "× compile", "over linear"),
-    *("GFLOP/s", "of matmul", "GB/s", "of copy", "extra MiB"),
+    *("GFLOP/s", "of matmul", "GB/s", "of copy", "× floor", "extra MiB"),
 )
 BASELINES = {"eager": "eager", "compile": "torch.compile"}
 
@@ -49,6 +49,7 @@ class Row:
     share_of_matmul: float | None = None
     gb_per_s: float | None = None
     share_of_copy: float | None = None
+    ratio_to_floor: float | None = None  # of the time to that of its FLOPs or of its bytes alone, whichever is longer
     peak_extra_bytes: int | None = None
 
 
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     seconds = arguments.seconds if arguments.seconds is not None else (0.3 if arguments.quick else 30.0)
     ops = [op for name in arguments.op or SUITES for op in operators(name)]
-    known = [workload for op in ops for workload in workloads(op, arguments.quick)]
+    known = [workload for op in ops for workload in workloads(op, arguments.quick, arguments.device)]
     cases = [workload for workload in known if fnmatch(workload.name, arguments.case)]
     if not cases:
         listed = "\n  ".join(workload.name for workload in known)
@@ -125,6 +126,7 @@ def measure(workload: Any, rates: Rates, device: str, seconds: float, memory: bo
             row |= {"overhead_over_linear": t / typical["linear"] - 1} if "linear" in typical else {}
             row |= {"gflop_per_s": cost.flops / t / 1e9, "share_of_matmul": cost.flops / t / 1e9 / matmul}
             row |= {"gb_per_s": cost.bytes / t / 1e9, "share_of_copy": cost.bytes / t / 1e9 / rates.copy_gb_per_s}
+            row |= {"ratio_to_floor": 1 / max(row["share_of_matmul"], row["share_of_copy"])}
             if memory:
                 row["peak_extra_bytes"] = extra_memory(workload, name, device)
         rows.append(Row(**row))
@@ -173,7 +175,7 @@ def show(rows: list[Row], rates: Rates, report: dict[str, Any]) -> None:
 def numbers(row: Row) -> tuple[str, ...]:
     """A row's cells after its name; a wrong result shows its error instead of a speed."""
     if not row.ok:
-        return (f"WRONG {row.worst_error}", *[""] * 8)
+        return (f"WRONG {row.worst_error}", *[""] * 9)
     extra = "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:.1f}"
     return (
         f"{row.median_s * 1e3:.2f}",  # type: ignore[operator]
@@ -184,5 +186,6 @@ def numbers(row: Row) -> tuple[str, ...]:
         f"{100 * row.share_of_matmul:.0f}%",  # type: ignore[operator]
         f"{row.gb_per_s:.1f}",
         f"{100 * row.share_of_copy:.0f}%",  # type: ignore[operator]
+        f"{row.ratio_to_floor:.1f}×",
         extra,
     )

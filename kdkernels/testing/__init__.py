@@ -1,7 +1,7 @@
 """What tests, benchmarks and `python -m kdkernels validate` share. Nothing here is imported by the operators.
 
-Each family of operators has a folder with `checks(quick)`, which `validate` runs, and `workloads(quick)`, which `bench`
-times; each check and workload says which operator it is of.
+Each family of operators has a folder with `checks(quick)`, which `validate` runs, and `workloads(quick, device)`, which
+`bench` times; each check and workload says which operator it is of.
 """
 
 from collections.abc import Iterator
@@ -43,6 +43,6 @@ def checks(op: str, quick: bool = False) -> Iterator[Any]:
     return (check for check in suite(op).checks(quick) if check.op == op)
 
 
-def workloads(op: str, quick: bool = False) -> list[Any]:
-    """What `bench` times for `op`."""
-    return [workload for workload in suite(op).workloads(quick) if workload.op == op]
+def workloads(op: str, quick: bool = False, device: str = "cpu") -> list[Any]:
+    """What `bench` times for `op`: sizes that a device of this type can fill."""
+    return [workload for workload in suite(op).workloads(quick, device) if workload.op == op]

@@ -38,10 +38,10 @@ def measure(op: str, case: str, variant: str, device: str, quick: bool) -> int |
     workloads = suite(op).workloads
     if device == "cpu" and not os.access(CLEAR_REFS, os.W_OK):
         return None
-    index = [workload.name for workload in workloads(quick)].index(case)
+    index = [workload.name for workload in workloads(quick, device)].index(case)
     if variant != "torch.compile":
-        workloads(quick=True)[index].open(device).variants()[variant]()
-    session = workloads(quick)[index].open(device)
+        workloads(True, device)[index].open(device).variants()[variant]()
+    session = workloads(quick, device)[index].open(device)
     step = session.variants()[variant]
     if variant == "torch.compile":
         step()

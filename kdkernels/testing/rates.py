@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 COPY_BYTES = 256 * 2**20  # well past any cache
-MATMUL_SIZE = 2048
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 REPEATS = 5
 
 
@@ -28,7 +28,7 @@ def measure_rates(device: str, dtypes: tuple[torch.dtype, ...], *, quick: bool =
     seconds = best(lambda: target.copy_(source), device)
     rates = {}
     for dtype in dtypes:
-        n = MATMUL_SIZE // (4 if quick or (device == "cpu" and dtype is not torch.float32) else 1)
+        n = MATMUL_SIZE[device] // (4 if quick or (device == "cpu" and dtype is not torch.float32) else 1)
         a = torch.ones(n, n, device=device, dtype=dtype)
         rates[str(dtype)] = 2 * n**3 / best(lambda a=a: a @ a, device) / 1e9  # type: ignore[misc]
     return Rates(2 * size / seconds / 1e9, rates)

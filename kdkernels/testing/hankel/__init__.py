@@ -16,6 +16,6 @@ def checks(quick: bool = False) -> Iterator[Check]:
     yield from models.checks()
 
 
-def workloads(quick: bool = False) -> list[cases.Workload | models.Workload]:
+def workloads(quick: bool = False, device: str = "cpu") -> list[cases.Workload | models.Workload]:
     """What `bench` times."""
-    return [*cases.workloads(quick), *models.workloads(quick)]
+    return [*cases.workloads(quick, device), *models.workloads(quick)]

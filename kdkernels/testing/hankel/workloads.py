@@ -111,10 +111,14 @@ def our_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return torch.stack([L.abs().square().sum((-2, -1)) for L in kd.gramian_factors(Lambda, B, C)[:2]], -1)
 
 
-def workloads(quick: bool = False) -> list[Workload]:
+ORDERS = ((16, 1, 4096), (16, 2, 4096), (32, 1, 2048), (64, 1, 512), (16, 1, 36864))  # n, m, N
+ORDERS_ON_A_GPU = (*ORDERS, (16, 2, 36864), (32, 1, 36864), (100, 4, 64))
+
+
+def workloads(quick: bool = False, device: str = "cpu") -> list[Workload]:
     """The cases; `quick` shrinks the batches and the largest order."""
     cases = []
-    for n, m, N in ((16, 1, 4096), (16, 2, 4096), (32, 1, 2048), (64, 1, 512), (16, 1, 36864)):
+    for n, m, N in ORDERS if device == "cpu" else ORDERS_ON_A_GPU:
         N = max(N // 64, 2) if quick else N
         cases.append(Workload(f"σ of {N} systems, n={n}, m={m}", "hankel_singular_values", {"N": N, "n": n, "m": m}))
     n, N = (24, 2) if quick else (256, 6)

@@ -184,8 +184,32 @@ def without_dropout(inputs: Inputs) -> Inputs:
     return replace(inputs, layers=tuple(layer._replace(dropout_p=0.0) for layer in inputs.layers))
 
 
-def workloads(quick: bool = False) -> list[Workload]:
+def workloads(quick: bool = False, device: str = "cpu") -> list[Workload]:
     """The cases; `quick` shrinks every size and keeps the shapes' proportions."""
+    return workloads_on_a_cpu(quick) if device == "cpu" else workloads_on_a_gpu(quick)
+
+
+def workloads_on_a_gpu(quick: bool) -> list[Workload]:
+    """In bfloat16, with 16384 points."""
+    shrink = 16 if quick else 1
+    N, r = 16384 // shrink // shrink, 16 if not quick else 4
+    cases = []
+    for d_in, d_out, K, rates in (
+        (4096, 4096, 1, (0.0, 0.1)), (1024, 1024, 1, (0.0, 0.1)), (768, 3072, 1, (0.1,)), (1024, 1024, 3, (0.1,))
+    ):  # fmt: skip
+        sizes: dict[str, Any] = {"N": N, "d_in": d_in // shrink, "d_out": d_out // shrink, "r": r, "K": K}
+        for p in rates:
+            name = (
+                f"LoRA, {'q, k and v, ' * (K > 1)}N={N}, {sizes['d_in']} -> {sizes['d_out']}, r={r}, p={p:g}, bfloat16"
+            )
+            cases.append(Workload(name, sizes | {"dropout_p": p, "dtype": torch.bfloat16}))
+    small = {"N": 64, "d_in": 64, "d_out": 64, "r": 8, "dropout_p": 0.1, "dtype": torch.bfloat16}
+    cases.append(Workload("LoRA, small: N=64, 64 -> 64, r=8, p=0.1, bfloat16", small))
+    return cases
+
+
+def workloads_on_a_cpu(quick: bool) -> list[Workload]:
+    """In float32, and one in bfloat16."""
     shrink = 16 if quick else 1
     N, r = 2048 // shrink, 16 if not quick else 4
     cases = []

@@ -117,8 +117,34 @@ def exact_in_blocks(inputs: Inputs) -> Outcome:
     return Outcome(torch.stack([block.loss for block in blocks]).sum() / N, grads)
 
 
-def workloads(quick: bool = False) -> list[Workload]:
+def workloads(quick: bool = False, device: str = "cpu") -> list[Workload]:
     """The cases; `quick` shrinks every size and keeps the shapes' proportions."""
+    return workloads_on_a_cpu(quick) if device == "cpu" else workloads_on_a_gpu(quick)
+
+
+def workloads_on_a_gpu(quick: bool) -> list[Workload]:
+    """In bfloat16 with 16384 points, and in float32 with 8192."""
+    shrink = 16 if quick else 1
+    widths = {"d_s": 768 // shrink, "d_t": 1280 // shrink}
+    frozen = ("teacher", *PROJECTIONS)
+    cases = []
+    for dtype, points, D, kept in (
+        (torch.bfloat16, 16384, 4096, ("teacher",)), (torch.bfloat16, 16384, 4096, frozen),
+        (torch.bfloat16, 16384, 16384, frozen), (torch.float32, 8192, 4096, ("teacher",)),
+        (torch.float32, 8192, 4096, frozen),
+    ):  # fmt: skip
+        sizes: dict[str, Any] = {"N": points // shrink // shrink, "D": D // shrink, **widths, "dtype": dtype}
+        what = "projections frozen" if kept is frozen else "all gradients but the teacher's"
+        name = f"cosine, N={sizes['N']}, D={sizes['D']}, {what}, {str(dtype).removeprefix('torch.')}"
+        cases.append(Workload(name, sizes | {"frozen": kept}, fresh_teacher=True))
+    d_s, D = 1024 // shrink, 1280 // shrink
+    one_sided = {"N": 16384 // shrink // shrink, "d_s": d_s, "D": D, "sides": "student", "dtype": torch.bfloat16}
+    cases.append(Workload(f"cosine, student {d_s} -> {D}, raw teacher, bfloat16", one_sided, fresh_teacher=True))
+    return cases
+
+
+def workloads_on_a_cpu(quick: bool) -> list[Workload]:
+    """In float32, and one in bfloat16."""
     shrink = 16 if quick else 1
     widths = {"d_s": 768 // shrink, "d_t": 1280 // shrink}
     N, one_sided_N = (512, 512) if quick else (8192, 16384)

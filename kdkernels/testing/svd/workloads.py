@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,16 +42,22 @@ class Session:
         """Nothing changes between two steps."""
 
     def variants(self) -> dict[str, Callable[[], Outcome]]:
-        """torch.linalg and ours."""
+        """torch.linalg, by its own choice and on a GPU by each of its routines, and ours."""
+        drivers = {driver: driver for driver in DRIVERS} if self.matrix.is_cuda else {}
+        found = {name: partial(self.theirs, driver) for name, driver in {"eager": None, **drivers}.items()}
+        return found | {"kdkernels": self.ours}
+
+    def theirs(self, driver: str | None) -> Outcome:
+        """By torch.linalg."""
         if self.op == "svdvals":
-            return {
-                "eager": lambda: Outcome(torch.linalg.svdvals(self.matrix), {}, "S"),
-                "kdkernels": lambda: Outcome(kd.svdvals(self.matrix), {}, "S"),
-            }
-        return {
-            "eager": lambda: outcome(torch.linalg.svd(self.matrix, full_matrices=False)),
-            "kdkernels": lambda: outcome(kd.svd(self.matrix, full_matrices=False)),
-        }
+            return Outcome(torch.linalg.svdvals(self.matrix, driver=driver), {}, "S")
+        return outcome(torch.linalg.svd(self.matrix, full_matrices=False, driver=driver))
+
+    def ours(self) -> Outcome:
+        """By the operator."""
+        if self.op == "svdvals":
+            return Outcome(kd.svdvals(self.matrix), {}, "S")
+        return outcome(kd.svd(self.matrix, full_matrices=False))
 
     def judge(self, outcomes: dict[str, Outcome]) -> dict[str, list[Deviation]]:
         """Singular values, and the matrix they came from, against float64."""
@@ -83,11 +90,16 @@ def rebuilt(x: Outcome) -> Outcome:
     return Outcome(x.loss, {}, "S", {"U diag(S) Vh": (x.others["U"] * x.loss.unsqueeze(-2)) @ x.others["Vh"]})
 
 
-def workloads(quick: bool = False) -> list[Workload]:
+SIZES = ((16, 4096), (32, 2048), (64, 512), (128, 64))  # n, N
+SIZES_ON_A_GPU = (*SIZES, (16, 36864), (64, 4096))
+DRIVERS = ("gesvd", "gesvdj", "gesvda")  # cuSOLVER's
+
+
+def workloads(quick: bool = False, device: str = "cpu") -> list[Workload]:
     """The cases; `quick` shrinks the batches."""
     cases = []
     for op, dtype in (("svdvals", torch.float32), ("svdvals", torch.complex64), ("svd", torch.float32)):
-        for n, N in ((16, 4096), (32, 2048), (64, 512), (128, 64)):
+        for n, N in SIZES if device == "cpu" else SIZES_ON_A_GPU:
             N = max(N // 64, 2) if quick else N
             name = f"{op}, {N} of {n} × {n}, {str(dtype).removeprefix('torch.')}"
             cases.append(Workload(name, op, {"N": N, "rows": n, "cols": n, "dtype": dtype}))
