@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <string>
 
 #include "tensor.h"
@@ -39,8 +40,8 @@ struct Held {
 };
 Held hold(py::handle tensor);
 
-// A new tensor (rows, cols) of another's kind, of its dtype or the one named; (rows,) where cols is negative.
-Held new_room(py::handle like, int64_t rows, int64_t cols, const char* dtype = nullptr);
+// A new tensor of another's kind, of its dtype or the one named.
+py::object new_tensor(py::handle like, std::initializer_list<int64_t> sizes, const char* dtype = nullptr);
 
 // Throw ValueError, naming the argument, unless an absent-or-present view has this many rows and columns.
 void check_shape(const char* name, const View& view, int64_t rows, int64_t cols);

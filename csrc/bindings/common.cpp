@@ -111,17 +111,15 @@ Held hold(py::handle tensor) {
   return {std::move(held), view};
 }
 
-Held new_room(py::handle like, int64_t rows, int64_t cols, const char* dtype) {
-  static const py::handle names_of_options = py::make_tuple("dtype").release();
-  const py::int_ row_count(rows), col_count(cols);
-  PyObject* arguments[] = {like.ptr(), row_count.ptr(), col_count.ptr(), nullptr};
-  const size_t count = cols < 0 ? 2 : 3;
-  py::object option;
-  if (dtype) option = py::module_::import("torch").attr(dtype), arguments[count] = option.ptr();
-  py::object made = Name::checked(PyObject_VectorcallMethod(names().new_empty.interned, arguments, count,
-                                                            dtype ? names_of_options.ptr() : nullptr));
-  const View view = view_of(made);
-  return {std::move(made), view};
+py::object new_tensor(py::handle like, std::initializer_list<int64_t> sizes, const char* dtype) {
+  static const py::handle options = py::make_tuple("dtype").release();
+  PyObject* arguments[8] = {like.ptr()};
+  std::vector<py::object> held;
+  for (const int64_t size : sizes) held.push_back(py::int_(size));
+  if (dtype) held.push_back(py::module_::import("torch").attr(dtype));
+  for (size_t i = 0; i < held.size(); ++i) arguments[1 + i] = held[i].ptr();
+  return Name::checked(PyObject_VectorcallMethod(names().new_empty.interned, arguments, 1 + sizes.size(),
+                                                 dtype ? options.ptr() : nullptr));
 }
 
 void check_given(const char* name, const View& view) {

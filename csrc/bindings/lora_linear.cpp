@@ -95,12 +95,10 @@ void bind_lora_linear(py::module_& m) {
         const char* narrow = call.linear.input.dtype == DType::bfloat16 ? "float32" : nullptr;
         py::list results(2 * K);
         for (size_t k = 0; k < K; ++k) {
-          Held y = new_room(input, N, call.layers[k].weight.rows);
-          Held S = new_room(input, N, call.layers[k].lora_A.rows, narrow);
-          if (finished) call.layers[k].output = y.view;
-          call.set_projected(k, S.view);
-          results[k] = std::move(y.tensor);
-          results[K + k] = std::move(S.tensor);
+          results[k] = new_tensor(input, {N, call.layers[k].weight.rows});
+          results[K + k] = new_tensor(input, {N, call.layers[k].lora_A.rows}, narrow);
+          if (finished) call.layers[k].output = view_of(results[k]);
+          call.set_projected(k, view_of(results[K + k]));
         }
         {
           const auto& kernels = *current_isa().lora_linear;
@@ -127,13 +125,10 @@ void bind_lora_linear(py::module_& m) {
         for (size_t i = 0; i < grads.size(); ++i) {
           if (grads[i].ptr() == Py_True) {
             const View like = view_of(tensors[i]);
-            const bool is_vector = i > 0 && i % 4 == 0;
-            Held room = new_room(tensors[i], like.rows, is_vector ? -1 : like.cols);
-            rooms[i] = room.view;
-            grads[i] = std::move(room.tensor);
-          } else {
-            rooms[i] = view_of(grads[i]);
+            const bool is_bias = i > 0 && i % 4 == 0;
+            grads[i] = is_bias ? new_tensor(tensors[i], {like.rows}) : new_tensor(tensors[i], {like.rows, like.cols});
           }
+          rooms[i] = view_of(grads[i]);
         }
         call.linear.base_done = base_done;
         call.linear.grad_input = rooms[0];

@@ -102,6 +102,19 @@ inline void write_columns(const Group<ScalarOf<N>>& group, int64_t rows, int64_t
                 [&](int64_t k) { return bad ? nan : real_part(A + (k / N::parts) * stride + i, k % N::parts) + 0; });
 }
 
+// The adjoint of such columns, (cols, rows).
+template <class N>
+inline void write_adjoint(const Group<ScalarOf<N>>& group, int64_t rows, int64_t cols, N* A, int64_t stride,
+                          Mask<ScalarOf<N>> bad) {
+  using T = ScalarOf<N>;
+  const Vector<T> nan = broadcast<T>(static_cast<T>(__builtin_nan("")));
+  for (int64_t j = 0; j < cols; ++j)
+    group.write(j * rows * N::parts, rows * N::parts, [&](int64_t k) {
+      const Vector<T> x = real_part(A + j * stride + k / N::parts, k % N::parts);
+      return bad ? nan : (k % N::parts ? -x : x) + 0;
+    });
+}
+
 // Lanes where a number is NaN or Inf.
 template <class N>
 inline Mask<ScalarOf<N>> not_finite(const N* x, int64_t count) {

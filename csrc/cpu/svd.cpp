@@ -45,7 +45,9 @@ void decompose_group(const Svd& call, int64_t index, const Schedule& schedule, V
   svd.reorder(svd.X, cols, svd.stride_X);
   if (arranged) svd.restore();
   write_columns(Group<T>(call.left, index), rows, cols, room.left, rows, bad);
-  write_columns(Group<T>(call.right, index), cols, cols, svd.X, svd.stride_X, bad);
+  const Group<T> right(call.right, index);
+  call.right_adjoint ? write_adjoint(right, cols, cols, svd.X, svd.stride_X, bad)
+                     : write_columns(right, cols, cols, svd.X, svd.stride_X, bad);
 }
 
 template <class N>

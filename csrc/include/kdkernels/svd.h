@@ -15,9 +15,9 @@ namespace kd {
 struct Svd {
   View matrices;     // (batch, rows·cols) row-major
   View values;       // (batch, cols), real
-  View left, right;  // (batch, rows·cols) U and (batch, cols·cols) V, row-major; or both absent
+  View left, right;  // (batch, rows·cols) U and (batch, cols·cols) V or Vᴴ, row-major; or both absent
   int64_t rows = 0, cols = 0;
-  bool is_complex = false;
+  bool is_complex = false, right_adjoint = false;
 };
 
 struct SvdKernels {

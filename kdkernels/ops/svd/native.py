@@ -25,20 +25,24 @@ def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor
             return None, lapack.svdvals(tall), None
         U, S, Vh = lapack.svd(matrix.resolve_conj().resolve_neg())
         return U.contiguous(), S, Vh.contiguous()
-    values = matrix.new_empty(N, cols, dtype=matrix.dtype.to_real())
-    left = matrix.new_empty(N, rows, cols) if vectors else None
-    right = matrix.new_empty(N, cols, cols) if vectors else None
-    if N and cols:
-        arguments = (tall.contiguous(), values, left, right)
-        if matrix.is_cuda:
-            _native.launch("cuda_svd", matrix.device, *arguments)
-        else:
-            _native.module().svd(*arguments, torch.get_num_threads())
-    if left is None or right is None:
+    if matrix.is_cuda:
+        left, values, right = _on_a_gpu(tall.contiguous(), vectors)
+        right = right if right is None or wide else adjoint(right)
+    else:
+        left, values, right = _native.module().svd(tall.contiguous(), vectors, not wide, torch.get_num_threads())
+    if not vectors:
         return None, values, None
-    if wide:
-        return right, values, adjoint(left)
-    return left, values, adjoint(right)
+    return (right, values, adjoint(left)) if wide else (left, values, right)
+
+
+def _on_a_gpu(tall: Tensor, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """U, S and V."""
+    N, rows, cols = tall.shape
+    values = tall.new_empty(N, cols, dtype=tall.dtype.to_real())
+    left, right = (tall.new_empty(N, n, cols) if vectors else None for n in (rows, cols))
+    if N and cols:
+        _native.launch("cuda_svd", tall.device, tall, values, left, right)
+    return left, values, right
 
 
 def adjoint(x: Tensor) -> Tensor:
