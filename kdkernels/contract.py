@@ -137,6 +137,21 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}, but must be at least 0")
 
 
+def resolved(x: Tensor) -> Tensor:
+    """The tensor as it lies in memory, where kernels read it: torch keeps some signs, and some zeros, elsewhere."""
+    if x._is_zerotensor():
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x.resolve_conj().resolve_neg() if x.is_complex() else x.resolve_neg()
+
+
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """What autocast would have `torch.nn.functional.linear` make of x on its device, if it is enabled there."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
+        return None
+    device = x.device.type
+    return None if device == "meta" or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
+
+
 def show(shape: tuple[Any, ...]) -> str:
     """A shape as a person writes it: `(8, 3)`, `(3)`, `()`."""
     return f"({', '.join(str(size) for size in shape)})"

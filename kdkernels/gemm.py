@@ -1,7 +1,8 @@
 """Who multiplies large matrices on the CPU: torch (the vendor's library), or our own packed product.
 
 Our product carries whatever joins it (an adapter, a dropout mask) at no pass of its own and gives the same bits for any
-number of threads. It multiplies in float32: where the processor has bfloat16 arithmetic, the vendor's is far faster.
+number of threads. But it multiplies in float32: where the processor has bfloat16 arithmetic the vendor's is far faster,
+and on Intel's MKL reached 290 GFLOP/s in float32 (Emerald Rapids, two cores) where ours reached 220.
 """
 
 import os
@@ -13,7 +14,6 @@ from kdkernels import _native
 
 VARIABLE = "KDKERNELS_GEMM"
 CHOICES = ("auto", "vendor", "own")
-
 
 FORCED = os.environ.get(VARIABLE) or "auto"
 SMALL = 2**21  # multiply-adds below which a call of its own costs more than a faster product saves

@@ -146,7 +146,7 @@ def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def undisturbed(x: Tensor) -> Any:
+def on_its_device(x: Tensor) -> Any:
     """A context for the device of `x`, in which autocast rounds nothing: dtypes were settled before."""
     return _without_autocast(x) if torch.is_autocast_enabled(x.device.type) else torch.cuda.device_of(x)
 

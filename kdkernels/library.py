@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.plans import PLAIN
+from kdkernels.plans import PLAIN, watching
 
 All = slice(None)
 
@@ -183,10 +183,6 @@ def watched(tensors: Iterable[Tensor | None]) -> bool:
 
     Tensors without storage are those of batches of gradients (`is_grads_batched`).
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if watching():
         return True
     return any(x is not None and (type(x) not in PLAIN or not torch._C._has_storage(x)) for x in tensors)

@@ -51,12 +51,15 @@ def kind(x: Any) -> Any:
     return type(x), x.shape, x.dtype, x.device, x.layout, x.requires_grad
 
 
-def undisturbed() -> bool:
-    """Whether no compiler, transform, mode, tracer or forward derivative is at work: decisions depend on them."""
-    return not (
+def watching() -> bool:
+    """Whether a compiler, a transform or a mode must see what is done."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def undisturbed() -> bool:
+    """Whether nobody is watching, no tracer or forward derivative either: decisions depend on them."""
+    return not (watching() or forward_ad._current_level >= 0 or torch._C._get_tracing_state())

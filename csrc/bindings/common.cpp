@@ -29,7 +29,8 @@ Number number_of(py::handle dtype) {
   }();
   for (const Known& one : known)
     if (one.dtype == dtype.ptr()) return one.number;
-  throw py::type_error("dtype is " + std::string(py::str(dtype)) + ", but must be float32, float64 or bfloat16");
+  throw py::type_error("dtype is " + std::string(py::str(dtype)) +
+                       ", but must be float32, float64, bfloat16, complex64 or complex128");
 }
 
 // A tensor's attributes, by names that are made once: a call reads dozens of them.
@@ -61,12 +62,19 @@ struct Integers {
     if (!PyTuple_Check(tuple.ptr())) throw py::type_error("the arguments must be tensors");
   }
   int64_t size() const { return PyTuple_GET_SIZE(tuple.ptr()); }
-  int64_t operator[](int64_t i) const { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)); }
+  int64_t operator[](int64_t i) const {
+    const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
 };
 
-// An empty tensor has no address, yet it was given: any address that is not null says so.
-void* address_of(py::handle tensor) {
+// An empty tensor has no address, yet it was given: any address that is not null says so. One that should have an
+// address and has none lies in no memory: on the meta device, or its storage was taken away.
+void* address_of(py::handle tensor, int64_t count) {
   void* data = PyLong_AsVoidPtr(names().data_ptr.call(tensor).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (!data && count > 0) throw py::value_error("data is null: the tensor lies in no memory");
   return data ? data : &view_of_nothing;
 }
 
@@ -78,9 +86,10 @@ View view_of(py::handle tensor) {
   const Integers shape(names().shape.of(tensor)), strides(names().stride.call(tensor));
   if (number.is_complex || shape.size() > 2)
     throw py::type_error("a view is of a real tensor of at most two dimensions");
-  View view{address_of(tensor), number.dtype, 1, 1, 1, 1};
+  View view{nullptr, number.dtype, 1, 1, 1, 1};
   if (shape.size() > 0) view.rows = shape[0], view.row_stride = strides[0];
   if (shape.size() > 1) view.cols = shape[1], view.col_stride = strides[1];
+  view.data = address_of(tensor, view.rows * view.cols);
   return view;
 }
 
@@ -96,7 +105,7 @@ Batch batch_of(py::handle tensor) {
   batch.cols = shape.size() > 2 ? shape[2] : 1;
   batch.is_complex = number.is_complex;
   const int64_t numbers = batch.rows * batch.cols * (number.is_complex ? 2 : 1);
-  batch.matrices = {address_of(tensor), number.dtype, shape[0], numbers, numbers, 1};
+  batch.matrices = {address_of(tensor, shape[0] * numbers), number.dtype, shape[0], numbers, numbers, 1};
   return batch;
 }
 

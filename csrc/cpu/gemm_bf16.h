@@ -91,6 +91,12 @@ inline void pack_tiles(const Operand<float>& x, int64_t line, int64_t end, int64
 
 inline void gemm_bf16(const Bf16Tile& tile, int threads, int64_t M, int64_t N, int64_t K, const Operand<float>& A,
                       int terms, const Operand<float>& B, float* C, int64_t ldc, bool accumulate) {
+  if (M == 0 || N == 0) return;
+  if (K == 0) {
+    for (int64_t i = 0; i < M && !accumulate; ++i)
+      for (int64_t j = 0; j < N; ++j) C[i * ldc + j] = 0;
+    return;
+  }
   constexpr int64_t square = 2 * kBf16Lines, deepest = 512, most_rows = 8 * square, most_cols = 128 * square;
   threads = useful_threads(threads, M * N * K / 8);
   const int64_t rounds = ceil_div(M, threads * most_rows);

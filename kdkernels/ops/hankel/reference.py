@@ -105,7 +105,7 @@ def hankel_energy(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None = No
         good = good & Lambda_.detach().isfinite().all(-1)
         energy = energy + 0 * Lambda_.real.sum(-1)  # one step does not depend on it, but its gradient is 0
     # a factor, so that the gradients of what cannot be served are NaN too; no system meets another's numbers
-    return (energy * torch.where(good, 1.0, torch.nan)).to(B.real.dtype)
+    return (energy * torch.where(good, torch.ones_like(energy), torch.nan)).to(B.real.dtype)
 
 
 def _plainly_good(kappa: Tensor, energy: Tensor) -> bool:

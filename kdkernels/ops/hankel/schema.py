@@ -14,6 +14,7 @@ from kdkernels.library import operator
 from kdkernels.ops.hankel import gradient, native
 
 TWICE = "hankel_singular_values' accelerated backward cannot be differentiated again; use backend='reference' for that"
+BATCHED = "hankel_singular_values takes no batches of gradients; use backend='reference' for that"
 NO_GRADIENT = "gramian_factors has no accelerated backward; use backend='reference' for that"
 
 
@@ -63,6 +64,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 5
+    if not torch._C._has_storage(grad):
+        raise RuntimeError(BATCHED)
     if not ctx.vectors:
         raise RuntimeError("kdkernels::hankel_singular_values has a gradient only with vectors=True")
     needs = [bool(need) for need in needed(ctx)[:3]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import Contract, check_tensor, show
+from kdkernels.contract import Contract, autocast_dtype, check_tensor, show
 from kdkernels.ops.lora_linear import method as methods
 from kdkernels.ops.lora_linear import reference, schema
 from kdkernels.ops.lora_linear.call import LoRA, pack
@@ -143,7 +143,9 @@ def _choose(
     input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence[str], tensors: Any, numbers: Any
 ) -> _Plan:
     """The plan of the checked call."""
-    cast = _autocast_dtype(input)
+    cast = autocast_dtype(input)
+    if cast is not None and input.dtype is torch.float64:
+        cast = None  # as torch leaves it
 
     def decide() -> _Plan:
         check_tensor("input", input)
@@ -184,16 +186,6 @@ def _check(input: Tensor, layer: LoRA, prefix: str) -> None:
         raise ValueError(f"{prefix}scaling is {layer.scaling}, but must be finite")
     if not 0 <= layer.dropout_p < 1:
         raise ValueError(f"{prefix}dropout_p is {layer.dropout_p}, but must be at least 0 and below 1")
-
-
-def _autocast_dtype(input: Any) -> torch.dtype | None:
-    """The dtype that autocast would have `torch.nn.functional.linear` use, if it is enabled."""
-    if not torch._C._is_any_autocast_enabled() or not isinstance(input, Tensor):
-        return None
-    device = input.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or input.dtype is torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _cast(layers: Sequence[LoRA], dtype: torch.dtype) -> Sequence[LoRA]:

@@ -7,9 +7,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from kdkernels.contract import resolved
 from kdkernels.ops.lora_linear.reference import accumulation_dtype
 
 TENSORS, NUMBERS = 4, 2  # of a layer
@@ -73,13 +73,8 @@ def gradient_room(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> li
 
 def readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Tensors as they lie in memory; a bias that is absent, which under torch.library has no elements, is None."""
-    found = resolved(tensors)
+    found = [None if x is None else resolved(x) for x in tensors]
     for i in range(TENSORS, len(found), TENSORS):
         bias = found[i]
         found[i] = None if bias is not None and not bias.numel() else bias
     return found
-
-
-def resolved(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Tensors as they lie in memory: torch keeps some signs, and some zeros, elsewhere."""
-    return [x if x is None else torch.zeros_like(x) if x._is_zerotensor() else x.resolve_neg() for x in tensors]

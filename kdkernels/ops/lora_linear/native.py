@@ -4,6 +4,7 @@ The kernels are in csrc/cpu/lora_linear.cpp, their formulas in csrc/include/kdke
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def forward(tensors: Maybe, numbers: Sequence[float], states: Tensor | None) -> 
     )
     if by_vendor:
         input, layers = _as_layers(tensors, numbers)
-        vendor.finish(input, layers, found[len(layers) :], found)
+        with without_autocast():
+            vendor.finish(input, layers, found[len(layers) :], found)
     return found
 
 
@@ -43,13 +45,21 @@ def backward(
     if by_vendor:
         rooms = gradient_room(tensors, needs)
         input, layers = _as_layers(tensors, numbers)
-        vendor.differentiate_base(input, layers, grad_outputs, rooms)
-        if input.dtype is not torch.bfloat16 and not any(numbers[1::NUMBERS]):
-            vendor.differentiate_adapters(input, layers, projected, grad_outputs, rooms)
+        composed = input.dtype is not torch.bfloat16 and not any(numbers[1::NUMBERS])
+        with without_autocast():
+            vendor.differentiate_base(input, layers, grad_outputs, rooms)
+            if composed:
+                vendor.differentiate_adapters(input, layers, projected, grad_outputs, rooms)
+        if composed:
             return rooms
     return _native.module().lora_linear_backward(
         tensors, numbers, _words(states), projected, grad_outputs, rooms, by_vendor, torch.get_num_threads()
     )
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """Dtypes were settled before; a backward may run under another autocast than its forward did."""
+    return torch.autocast("cpu", enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 def _as_layers(tensors: Maybe, numbers: Sequence[float]) -> tuple[Tensor, list[LoRA]]:

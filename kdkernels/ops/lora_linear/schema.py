@@ -96,7 +96,7 @@ def _read_by_backward(needs: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[
     dX, layers = needs[0], by_layer(needs)
     read = [any(dW or dA for dW, dA, *_ in layers)]
     for _, dA, *_ in layers:
-        read += (dX, dX, dX or dA, False)
+        read += (dX, dX or dA, dX or dA, False)  # A, of which S is made, so that a second derivative finds it
     is_bias = [i > 0 and i % TENSORS == 0 for i in range(len(read))]
     unread = (i for i, one in enumerate(read) if not one and (needs[i] or not is_bias[i]))
     return tuple(read), tuple(unread)
@@ -125,6 +125,8 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         )
         numbers = [numbers[NUMBERS * k + i] for k in used for i in range(NUMBERS)]
     used_grads = [g for g in grads if g is not None]
+    if torch.is_grad_enabled() and 0 in ctx.layouts and wanted[0]:
+        raise RuntimeError(TWICE)  # lora_B's gradient depends on an input that was not kept
     # nothing but what arrives can be watched here, unless this is to be differentiated again
     decisive = [*used_grads, *tensors] if torch.is_grad_enabled() else used_grads
     run = lora_linear_backward.route(decisive)

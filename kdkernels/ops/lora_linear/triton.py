@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.launch import cdiv, power_of_2, undisturbed
+from kdkernels.contract import resolved
+from kdkernels.launch import cdiv, on_its_device, power_of_2
 from kdkernels.ops.lora_linear import kernels
-from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, gradient_room, readable, resolved, room, sharing
+from kdkernels.ops.lora_linear.call import NUMBERS, TENSORS, gradient_room, readable, room, sharing
 from kdkernels.ops.lora_linear.plan import (
     ADAPTER,
     MAX_RANK,
@@ -69,7 +70,7 @@ def forward(tensors: Sequence[Tensor | None], numbers: Sequence[float], states: 
     found = room(tensors)
     outputs, projected = found[: len(found) // 2], found[len(found) // 2 :]
     input, weights, lora_A, lora_B, biases, scalings, rates = _columns(readable(tensors), numbers)
-    with undisturbed(input):
+    with on_its_device(input):
         _project(input, lora_A, projected, dropping(rates), states, False)
         for same in sharing(weights):
             W = weights[same[0]]
@@ -92,11 +93,11 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of `tensors` that are needed."""
     grads = gradient_room(tensors, needs)
-    arriving: list[Any] = resolved(grad_outputs)
+    arriving = [resolved(dY) for dY in grad_outputs]
     input, weights, lora_A, lora_B, _, scalings, rates = _columns(readable(tensors), numbers)
     grad_input, grad_weights, grad_A, grad_B, grad_biases, *_ = _columns(grads, numbers)
     K = range(len(weights))
-    with undisturbed(input):
+    with on_its_device(input):
         points: list[Tensor | None] = [
             None if grad_input is None and grad_A[k] is None else torch.empty_like(projected[k]) for k in K
         ]  # each dS

@@ -18,7 +18,7 @@ def finish(input: Tensor, layers: Sequence[LoRA], projected: Sequence[Tensor], o
     """Fill each output (N, d_out), the first of `outputs`, from S = x̂ Aᵀ (N, r)."""
     if input.dtype is torch.bfloat16:
         for y, S, layer in zip(outputs, projected, layers, strict=False):
-            y.copy_(joined(input, S, layer))
+            y.copy_(joined(input, S, layer) if fits(S, layer) else in_float32(input, S, layer))
         return
     for first, *others in sharing([a.weight for a in layers], [a.bias for a in layers]):
         layer, y = layers[first], outputs[first]
@@ -28,6 +28,18 @@ def finish(input: Tensor, layers: Sequence[LoRA], projected: Sequence[Tensor], o
             outputs[k].copy_(y)
     for y, S, layer in zip(outputs, projected, layers, strict=False):
         y.addmm_(S, layer.lora_B.T.to(S.dtype), alpha=layer.scaling)
+
+
+def fits(S: Tensor, layer: LoRA) -> bool:
+    """Whether α S and B are finite and within bfloat16's range: an infinity would meet the zeros behind its term."""
+    scaled, largest = layer.scaling * S, torch.finfo(torch.bfloat16).max
+    return all(x.numel() == 0 or bool((x.abs().amax() <= largest).item()) for x in (scaled, layer.lora_B))
+
+
+def in_float32(input: Tensor, S: Tensor, layer: LoRA) -> Tensor:
+    """x Wᵀ + b + α S Bᵀ, step by step."""
+    bias = None if layer.bias is None else layer.bias.float()
+    return F.linear(input.float(), layer.weight.float(), bias) + layer.scaling * (S @ layer.lora_B.float().T)
 
 
 def joined(input: Tensor, S: Tensor, layer: LoRA) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import Contract, check_choice
+from kdkernels.contract import Contract, autocast_dtype, check_choice
 from kdkernels.ops.projection_alignment import method as methods
 from kdkernels.ops.projection_alignment import reference, schema
 from kdkernels.plans import Plans, undisturbed
@@ -113,7 +113,7 @@ def _prepare(
 ) -> tuple[_Plan, Operands, Tensor | None]:
     """The plan of a checked call, and its operands and weights with one leading dimension."""
     weights = _as_weights(weights)
-    cast = _autocast_dtype(operands[0])
+    cast = autocast_dtype(operands[0])
 
     def decide() -> _Plan:
         return _plan(operands, weights, metric, reduction, method, backend, cast)
@@ -204,14 +204,6 @@ def _as_weights(weights: Tensor | None) -> Tensor | None:
 def _nonzero(total: Tensor) -> Tensor:
     """The sum of the weights, or 1 where nothing counts and the loss is 0 already."""
     return torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _autocast_dtype(student: Any) -> torch.dtype | None:
-    """The dtype that autocast would have `torch.nn.functional.linear` use, if it is enabled."""
-    if not torch._C._is_any_autocast_enabled() or not isinstance(student, Tensor):
-        return None
-    device = student.device.type
-    return None if device == "meta" or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
 
 
 def _cast(operands: Operands, dtype: torch.dtype) -> Operands:

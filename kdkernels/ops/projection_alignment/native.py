@@ -121,7 +121,7 @@ def _factor(operands: Operands, augmented: Operands, accumulate: torch.dtype) ->
         (factor,), pivot = found
         return factor, pivot
     width = sum(w.shape[1] for w in augmented[2:4] if w is not None)
-    factor = torch.empty(width, width, dtype=accumulate)
+    factor = torch.empty(width, width, dtype=accumulate, device="cpu")
     pivot = native.projection_alignment_factor(augmented, factor, _name(accumulate), torch.get_num_threads())
     if frozen:
         derived.keep(operands[2:], kind, (factor,), pivot)
@@ -138,12 +138,12 @@ def _teacher_coordinates(operands: Operands, factor: Tensor) -> tuple[tuple[Tens
     assert student is not None and teacher is not None
     found = derived.find((teacher,), "teacher", anchor=factor)
     if found is None:
-        return (), (torch.empty(teacher.shape[0], dtype=torch.float64),)
+        return (), (teacher.new_empty(teacher.shape[0], dtype=torch.float64),)
     known = found[0]
     if len(known) > 1:
         return known, ()
     width = student.shape[1] + (operands[4] is not None)  # a bias is one more column
-    return known, (torch.empty(teacher.shape[0], width, dtype=factor.dtype),)
+    return known, (factor.new_empty(teacher.shape[0], width),)
 
 
 def _biases_as_columns(

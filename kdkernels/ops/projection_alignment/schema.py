@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.contract import resolved
 from kdkernels.library import needs as needed
 from kdkernels.library import operator
 from kdkernels.ops.projection_alignment.reference import accumulation_dtype
@@ -43,7 +44,10 @@ def projection_alignment(
     divisor: int,
 ) -> Outputs:
     """Σ_i weights_i · loss_i / divisor and its gradients in the order of `NAMES`; those not in `needs` are None."""
-    operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    *operands, weights = (
+        None if x is None else resolved(x)
+        for x in (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights)
+    )
     total = student.new_empty((), dtype=accumulation_dtype(*operands))
     grads = _gradient_room(operands, needs)
     _implementation(backend).loss_and_gradients(operands, weights, metric, method, divisor, total, grads)
@@ -71,7 +75,10 @@ def projection_alignment_points(
     backend: str,
 ) -> Tensor:
     """(N,): weights_i · loss_i."""
-    operands = (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias)
+    *operands, weights = (
+        None if x is None else resolved(x)
+        for x in (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights)
+    )
     losses = student.new_empty(student.shape[0], dtype=accumulation_dtype(*operands))
     _implementation(backend).losses(operands, weights, metric, method, losses)
     return losses
@@ -110,6 +117,8 @@ def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: T
     if grads is None or torch.is_grad_enabled():
         # A graph that was kept, or a first derivative that will itself be differentiated: then TWICE shall be raised.
         _, *grads = projection_alignment.whole(*ctx.saved_tensors, *ctx.options)
+        grads = [g * grad_total if need else g for g, need in zip(grads, needs, strict=True)]
+    elif not torch._C._has_storage(grad_total):  # a batch of gradients
         grads = [g * grad_total if need else g for g, need in zip(grads, needs, strict=True)]
     elif not _is_one(grad_total):
         grads = [g.mul_(grad_total) if need else g for g, need in zip(grads, needs, strict=True)]

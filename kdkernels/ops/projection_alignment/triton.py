@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.launch import cdiv, undisturbed
+from kdkernels.launch import cdiv, on_its_device
 from kdkernels.ops.projection_alignment import kernels
 from kdkernels.ops.projection_alignment import method as methods
 
@@ -89,7 +89,7 @@ def _run(
     if method != "direct":
         sizes = methods.sizes(operands, [g is not None for g in grads], "triton", metric)
         run = _gram if methods.choose(method, sizes)[0] == "gram" else _direct
-    with undisturbed(losses):
+    with on_its_device(losses):
         run(operands, weights, metric, scale, losses, grads)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _native
+from kdkernels.contract import resolved
 from kdkernels.ops.svd import lapack
 
 # The largest number of columns that Jacobi serves, as measured on batches of 64. It is not a function of the batch: a
@@ -16,14 +17,14 @@ CROSSOVER = {torch.float32: 120, torch.float64: 88, torch.complex64: 88, torch.c
 
 def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """(N, rows, cols) -> U, S, Vh, contiguous; U and Vh are None without `vectors`."""
-    N, rows, cols = matrix.shape
-    wide = rows < cols
-    tall = adjoint(matrix) if wide else matrix.resolve_conj().resolve_neg()
+    _, rows, cols = matrix.shape
+    matrix, wide = resolved(matrix), rows < cols
+    tall = adjoint(matrix) if wide else matrix
     rows, cols = max(rows, cols), min(rows, cols)
     if cols > CROSSOVER[matrix.dtype]:
         if not vectors:
             return None, lapack.svdvals(tall), None
-        U, S, Vh = lapack.svd(matrix.resolve_conj().resolve_neg())
+        U, S, Vh = lapack.svd(matrix)
         return U.contiguous(), S, Vh.contiguous()
     if matrix.is_cuda:
         left, values, right = _on_a_gpu(tall.contiguous(), vectors)
@@ -32,6 +33,7 @@ def svd(matrix: Tensor, *, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor
         left, values, right = _native.module().svd(tall.contiguous(), vectors, not wide, torch.get_num_threads())
     if not vectors:
         return None, values, None
+    assert left is not None
     return (right, values, adjoint(left)) if wide else (left, values, right)
 
 
@@ -47,6 +49,5 @@ def _on_a_gpu(tall: Tensor, vectors: bool) -> tuple[Tensor | None, Tensor, Tenso
 
 def adjoint(x: Tensor) -> Tensor:
     """Xᴴ as it lies in memory."""
-    if not x.is_complex():
-        return x.resolve_neg().mT.contiguous()
-    return x.resolve_conj().resolve_neg().mT.conj_physical().contiguous()
+    x = resolved(x).mT
+    return x.conj_physical().contiguous() if x.is_complex() else x.contiguous()

@@ -16,7 +16,6 @@ from kdkernels.testing.compare import Outcome, incoming
 
 SIDES = ("both", "student", "teacher", "neither")
 REGIMES = ("random", "close", "parallel", "antiparallel", "zero")
-WEIGHTS = (None, "mask", "signed", "nan")
 
 Operands = tuple[Tensor | None, ...]
 
