@@ -35,7 +35,8 @@ def vendor_multiplies(dtype: torch.dtype, size: int = 2**62) -> bool:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """torch says so of every AVX-512, where oneDNN emulates it."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and _native.module().multiplies_bfloat16()
 
 
 @cache

@@ -8,6 +8,7 @@ as the plain function.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from itertools import compress
 from typing import Any
 
 import torch
@@ -152,13 +153,14 @@ def wanted(arguments: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
     needs: list[Any] = []
     leaves: list[Tensor] = []
     for x in arguments:
-        if isinstance(x, Tensor):
+        if type(x) in PLAIN:  # no other tensors come here
             needs.append(x.requires_grad)
             if x.requires_grad:
                 leaves.append(x)
         elif holds_tensors(x):
-            needs.append([y is not None and y.requires_grad for y in x])
-            leaves += [y for y, need in zip(x, needs[-1], strict=True) if need]
+            flags = [y is not None and y.requires_grad for y in x]
+            needs.append(flags)
+            leaves += compress(x, flags)
         else:
             needs.append(None)
     return needs, leaves

@@ -1,5 +1,6 @@
 #include <stdexcept>
 
+#include "bf16_tile.h"
 #include "bindings.h"
 #include "isa.h"
 
@@ -195,6 +196,16 @@ void bind_common(py::module_& m) {
         }
       },
       "How many times faster bfloat16 numbers are multiplied than float32's, by the instruction set in use.");
+  m.def(
+      "multiplies_bfloat16",
+      [] {
+#if defined(__x86_64__)
+        return amx_supported() || avx512_bf16_supported();
+#else
+        return true;
+#endif
+      },
+      "Whether the processor has instructions for it, as far as is known here.");
   m.def("select_isa", &select_isa, py::arg("name"), "Use this instruction set from now on.");
 }
 

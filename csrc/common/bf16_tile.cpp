@@ -1,5 +1,7 @@
 #include "bf16_tile.h"
 
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 #ifdef __linux__
 #include <sys/syscall.h>
@@ -10,6 +12,13 @@ namespace kd {
 namespace {
 
 constexpr int64_t kRow = kBf16Depth * sizeof(uint16_t);  // bytes of a tile's line
+
+// What the compiler does not know the processor need not have.
+#if __has_include(<amxbf16intrin.h>)
+#define KD_COMPILES_AMX
+#endif
+
+#ifdef KD_COMPILES_AMX
 
 // ---- AMX: eight tile registers, four of them sums -------------------------------------------------------------------
 
@@ -79,6 +88,8 @@ bool ask_for_amx() {
 #endif
 }
 
+#endif
+
 // ---- AVX-512 BF16: eight lines of C at a time -----------------------------------------------------------------------
 
 #define KD_BF16 __attribute__((target("avx512f,avx512bf16")))
@@ -123,8 +134,12 @@ KD_BF16 void avx512_bf16_multiply(int64_t blocks, int terms, const uint16_t* a, 
 }  // namespace
 
 bool amx_supported() {
+#ifdef KD_COMPILES_AMX
   static const bool granted = ask_for_amx();
   return granted;
+#else
+  return false;
+#endif
 }
 
 bool avx512_bf16_supported() {
@@ -133,7 +148,27 @@ bool avx512_bf16_supported() {
   return (a & (1u << 5)) != 0;
 }
 
+#ifdef KD_COMPILES_AMX
 const Bf16Tile amx_tile{amx_begin, amx_end, amx_multiply};
+#else
+const Bf16Tile amx_tile{};
+#endif
 const Bf16Tile avx512_bf16_tile{nothing, nothing, avx512_bf16_multiply};
 
 }  // namespace kd
+
+#else
+
+namespace kd {
+
+bool amx_supported() {
+  return false;
+}
+
+bool avx512_bf16_supported() {
+  return false;
+}
+
+}  // namespace kd
+
+#endif

@@ -74,7 +74,7 @@ def gramian_factors(Lambda: Operand, B: Operand, C: Operand, *, backend: str = "
 
     found = systems.each(compute, (_square, _square, _residual, _residual))
     results = found if systems.is_list else [found]
-    _refuse_unstable(systems, [x for result in results for x in result[2:]])
+    _refuse_unstable(systems, [result[2] for result in results])  # which is NaN where the other residual is
     named = [GramianFactors(*result) for result in results]
     return named if systems.is_list else named[0]
 

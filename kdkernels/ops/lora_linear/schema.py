@@ -111,26 +111,23 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         raise RuntimeError(BATCHED)
     for i, (shape, dtype, device) in ctx.layouts.items():  # in the place of what is not read stands its shape alone
         tensors[i] = torch.empty((), dtype=dtype, device=device).expand(shape)
-    wanted, numbers = list(needs(ctx)[0]), ctx.numbers
+    wanted, numbers = needs(ctx)[0], ctx.numbers
     used = [k for k, g in enumerate(grads) if g is not None]
     if not used:
         return None, None, None, None
-    places = list(range(ctx.count))
+    if torch.is_grad_enabled() and 0 in ctx.layouts and wanted[0]:
+        raise RuntimeError(TWICE)  # lora_B's gradient depends on an input that was not kept
+    arriving = [g for g in grads if g is not None]
+    places: Sequence[int] = range(ctx.count)
     if len(used) < len(grads):
         places = [0, *(1 + TENSORS * k + i for k in used for i in range(TENSORS))]
         tensors, wanted = [tensors[i] for i in places], [wanted[i] for i in places]
-        projected, states = (
-            [projected[k] for k in used],
-            None if states is None else torch.stack([states[k] for k in used]),
-        )
+        projected = [projected[k] for k in used]
+        states = None if states is None else torch.stack([states[k] for k in used])
         numbers = [numbers[NUMBERS * k + i] for k in used for i in range(NUMBERS)]
-    used_grads = [g for g in grads if g is not None]
-    if torch.is_grad_enabled() and 0 in ctx.layouts and wanted[0]:
-        raise RuntimeError(TWICE)  # lora_B's gradient depends on an input that was not kept
     # nothing but what arrives can be watched here, unless this is to be differentiated again
-    decisive = [*used_grads, *tensors] if torch.is_grad_enabled() else used_grads
-    run = lora_linear_backward.route(decisive)
-    found = run(used_grads, list(projected), tensors, numbers, states, wanted, ctx.backend)
+    run = lora_linear_backward.route([*arriving, *tensors] if torch.is_grad_enabled() else arriving)
+    found = run(arriving, list(projected), tensors, numbers, states, list(wanted), ctx.backend)
     result: list[Tensor | None] = [None] * ctx.count
     for place, grad, need in zip(places, found, wanted, strict=True):
         if need:
