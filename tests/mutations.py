@@ -80,6 +80,7 @@ NATIVE_KERNELS = [
     Mutation("Dropout", DROPOUT, "return word >= limit ? scale * x : T{};", "return word >= limit ? x : T{};"),
     Mutation("forward", LORA, "const Term<T> own = low_rank(member, row, scaling);", "const Term<T> own = low_rank(layer, row, scaling);"),
     Mutation("add_dropped", LORA, "dropout.apply(begin + i + q, 0, d, row, dropped);", "dropout.apply(i + q + 1, 0, d, row, dropped);"),
+    Mutation("MaskedProduct", LORA, "call.base_done || k > 0, &A[k],", "call.base_done, &A[k],"),
     Mutation("differentiate_input", LORA, "if (call.base_done || leader(call, k, same) < k) continue;", "if (call.base_done) continue;"),
     Mutation("one_minus", LANES, "return sum + ((lost + lost_too) - (a.error + b.error));", "return sum;"),
     Mutation("Alignment", GENERATOR, "first = add_product(first * cosine[c], other, conj(sine[c]));", "first = add_product(first * cosine[c], other, sine[c]);"),

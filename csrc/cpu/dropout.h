@@ -40,24 +40,39 @@ class Dropout {
   // to[j] = from[j] / (1 − p) where (row, col + j) is kept, else 0; j < n, and col is a multiple of 4.
   template <class T, class S>
   void apply(int64_t row, int64_t col, int64_t n, const S* from, T* to) const {
-    constexpr int segment = 128;
     uint32_t words[segment];
-    const T scale = static_cast<T>(scale_);
-    const uint32_t limit = threshold_;
-    auto choose = [=](uint32_t word, T x) { return word >= limit ? scale * x : T{}; };
     for (int64_t j0 = 0; j0 < n; j0 += segment) {
       const int64_t count = min<int64_t>(segment, n - j0);
-      draw(static_cast<uint32_t>(row), static_cast<uint32_t>((col + j0) / 4), count, words);
-      if (count == segment)  // a length that the compiler knows
-        for (int j = 0; j < segment; ++j) to[j0 + j] = choose(words[j], load<T>(from + j0 + j));
-      else
-        for (int64_t j = 0; j < count; ++j) to[j0 + j] = choose(words[j], load<T>(from + j0 + j));
+      draw(row, col + j0, count, words);
+      choose(words, count, from + j0, to + j0);
     }
+  }
+
+  static constexpr int segment = 128;  // what is drawn at a time
+
+  // The words of (row, col + j) for j < count, at most a segment; room for a whole one.
+  void draw(int64_t row, int64_t col, int64_t count, uint32_t* words) const {
+    draw_blocks(static_cast<uint32_t>(row), static_cast<uint32_t>(col / 4), count, words);
+  }
+
+  // As apply(), by words that were drawn; with `adds` it is added to what is there.
+  template <bool adds = false, class T, class S>
+  void choose(const uint32_t* words, int64_t count, const S* from, T* to) const {
+    const T scale = static_cast<T>(scale_);
+    const uint32_t limit = threshold_;
+    auto put = [=](int64_t j) {
+      const T x = words[j] >= limit ? scale * load<T>(from + j) : T{};
+      to[j] = adds ? to[j] + x : x;
+    };
+    if (count == segment)  // a length that the compiler knows
+      for (int j = 0; j < segment; ++j) put(j);
+    else
+      for (int64_t j = 0; j < count; ++j) put(j);
   }
 
  private:
   // At least `count` words of a row, from a block on; a block's counter in each 64-bit lane, in its lower half.
-  void draw(uint32_t row, uint32_t block, int64_t count, uint32_t* words) const {
+  void draw_blocks(uint32_t row, uint32_t block, int64_t count, uint32_t* words) const {
     constexpr int lanes = kVectorBytes / 8;
     const Longs low = {}, first = low + 0xFFFFFFFFu;
     const Longs offset_low = low + (offset_ & 0xFFFFFFFFu), offset_high = low + (offset_ >> 32);

@@ -246,9 +246,9 @@ Buffer<T> shared_gradient(const LoraLinear& call, int64_t first, F&& same, int64
   return sum;
 }
 
-// dX = Σ_k dY_k W_k + mask_k ⊙ (dS_k A_k)/(1 − p_k).
+// dX = Σ_k dY_k W_k + mask_k ⊙ (dS_k A_k)/(1 − p_k). With `masked` the second part is there already.
 template <class T>
-void differentiate_input(const LoraLinear& call, const List<Buffer<T>>& dS, int threads) {
+void differentiate_input(const LoraLinear& call, const List<Buffer<T>>& dS, bool masked, int threads) {
   const int64_t N = call.input.rows, d_in = call.input.cols, K = call.count;
   auto same = [](const LoraLayer& a, const LoraLayer& b) { return same_matrix(a.weight, b.weight); };
   bool drops = false, shares = false;
@@ -257,7 +257,7 @@ void differentiate_input(const LoraLinear& call, const List<Buffer<T>>& dS, int 
     shares = shares || leader(call, k, same) < k;
   }
   const List<Panel<T>> A(K);
-  for (int64_t k = 0; k < K && drops; ++k)
+  for (int64_t k = 0; k < K && drops && !masked; ++k)
     A[k] = Panel<T>(threads, operand<T>(call.layers[k].lora_A).transposed(), d_in, call.layers[k].lora_A.rows);
   OutputRows<T> out(call.grad_input, min(N, kBlock));
   const int64_t block = out.direct() && !shares ? N : kBlock;
@@ -277,7 +277,7 @@ void differentiate_input(const LoraLinear& call, const List<Buffer<T>>& dS, int 
       terms[count++] = {dY, operand<T>(layer.weight), layer.weight.rows};
     }
     if (call.base_done) out.load_rows(threads, row, n);
-    if (drops) add_dropped(call, dS, A, row, n, out.at(row), out.stride(), call.base_done, threads);
+    if (drops && !masked) add_dropped(call, dS, A, row, n, out.at(row), out.stride(), call.base_done, threads);
     if (count) gemm(threads, n, d_in, &terms[0], count, out.at(row), out.stride(), drops || call.base_done);
     out.store_rows(threads, row, n);
   }
@@ -302,13 +302,24 @@ void backward(const LoraLinear& call, int threads) {
       dW.finish(threads);
     }
   }
+  // Where every layer has a mask, and both dA and dX are wanted, each mask is drawn once for the two.
+  bool together = call.grad_input && call.grad_input.dtype == kDType<T> && call.grad_input.col_stride == 1;
+  for (int64_t k = 0; k < K; ++k) together = together && dA[k] && call.layers[k].dropout_p > 0;
+  const List<Panel<T>> A(K);
+  for (int64_t k = 0; k < K && together; ++k)
+    A[k] = Panel<T>(threads, operand<T>(call.layers[k].lora_A).transposed(), d_in, call.layers[k].lora_A.rows);
   for (int64_t begin = 0; begin < N; begin += kChunk)  // chunk by chunk: x is read once for all layers
-    for (int64_t k = 0; k < K; ++k)
-      if (dA[k])
-        dA[k].add(threads, dropped_input<T>(call, call.layers[k]), begin, min(N, begin + kChunk), dS[k].get(), T(1));
+    for (int64_t k = 0; k < K; ++k) {
+      if (!dA[k]) continue;
+      const View& dX = call.grad_input;
+      const MaskedProduct<T> part{static_cast<T*>(dX.data), dX.row_stride, call.base_done || k > 0, &A[k],
+                                  call.layers[k].lora_A.rows};
+      dA[k].add(threads, dropped_input<T>(call, call.layers[k]), begin, min(N, begin + kChunk), dS[k].get(), T(1),
+                together ? &part : nullptr);
+    }
   for (int64_t k = 0; k < K; ++k)
     if (dA[k]) dA[k].write(call.layers[k].grad_A, false);
-  if (call.grad_input) differentiate_input(call, dS, threads);
+  if (call.grad_input) differentiate_input(call, dS, together, threads);
 }
 
 }  // namespace

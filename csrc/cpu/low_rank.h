@@ -10,6 +10,7 @@ namespace kd::KD_ISA {
 
 constexpr int64_t kOuterRows = 64;      // rows summed in registers before they are added to what came before
 constexpr int64_t kOuterColumns = 128;  // columns a task of a sum over rows
+static_assert(kOuterColumns <= Dropout::segment, "a mask's words are drawn by the segment");
 
 // An activation, row by row, after dropout.
 template <class T>
@@ -20,16 +21,19 @@ struct Activation {
   bool in_place() const { return view.dtype == kDType<T> && view.col_stride == 1 && !dropout; }
   const T* at(int64_t row) const { return static_cast<const T*>(view.data) + row * view.row_stride; }
 
-  // Columns [col, col + n) of a row; col is a multiple of 4.
-  void read(int64_t row, int64_t col, int64_t n, T* to) const {
+  // Columns [col, col + n) of a row; col is a multiple of 4. The words of the mask are kept where there is room for
+  // them: of a segment, at most.
+  void read(int64_t row, int64_t col, int64_t n, T* to, uint32_t* words = nullptr) const {
+    if (words) dropout.draw(row, col, n, words);
     with_type(view.dtype, [&]<class S>(S*) {
       const S* from = static_cast<const S*>(view.data) + row * view.row_stride + col * view.col_stride;
-      if (view.col_stride == 1 && dropout) return dropout.apply(row, col, n, from, to);
+      if (view.col_stride == 1 && dropout)
+        return words ? dropout.choose(words, n, from, to) : dropout.apply(row, col, n, from, to);
       if (view.col_stride == 1)
         for (int64_t j = 0; j < n; ++j) to[j] = load<T>(from + j);
       else
         for (int64_t j = 0; j < n; ++j) to[j] = load<T>(from + j * view.col_stride);
-      if (dropout) dropout.apply(row, col, n, to, to);
+      if (dropout) words ? dropout.choose(words, n, to, to) : dropout.apply(row, col, n, to, to);
     });
   }
 };
@@ -86,6 +90,17 @@ void project(const Activation<T>& x, int64_t begin, int64_t end, const Panel<T>&
   }
 }
 
+// What a mask lets through of a product besides: to (·, d) [+]= mask ⊙ (l m) / (1 − p), of narrow rows l (·, r), which
+// have a tile's rows behind their last, and m (r, d), packed.
+template <class T>
+struct MaskedProduct {
+  T* to;
+  int64_t stride;
+  bool accumulate;
+  const Panel<T>* m;
+  int64_t r;
+};
+
 // Σ over rows of lᵀ x, (r, d), of narrow rows l (·, r) and wide rows x; and, where wanted, of the wide rows alone.
 // Each element sums its rows in order, whatever the threads.
 template <class T>
@@ -103,21 +118,31 @@ class OuterSum {
         sums_(padded_ * stride_) {}
   explicit operator bool() const { return sums_.get(); }
 
-  void add(int threads, const Activation<T>& x, int64_t begin, int64_t end, const T* narrow, T scale) {
+  // `besides` is for the mask of x, whose words are then drawn once for both.
+  void add(int threads, const Activation<T>& x, int64_t begin, int64_t end, const T* narrow, T scale,
+           const MaskedProduct<T>* besides = nullptr) {
     constexpr int64_t cols = kVectors * kLanes<T>, lines = kOuterRows * kOuterColumns;
     threads = useful_threads(threads, (end - begin) * d_ * r_);
-    Buffer<T> rooms(threads * (lines + kOuterRows * padded_));
+    const int64_t products = besides ? round_up(kOuterRows, Tile<T>::rows) * kOuterColumns : 0;
+    const int64_t room_size = lines + kOuterRows * padded_ + products;
+    Buffer<T> rooms(threads * room_size);
+    Buffer<uint32_t> drawn(besides ? threads * lines : 0);
     parallel_for(threads, ceil_div(d_, kOuterColumns), [&](int64_t task, int worker) {
       const int64_t j0 = task * kOuterColumns, j1 = min(d_, j0 + kOuterColumns);
-      T* room = rooms.get() + worker * (lines + kOuterRows * padded_);
+      T* room = rooms.get() + worker * room_size;
+      uint32_t* words = drawn.get() + worker * lines;
       T* left = room + lines;  // (rows of a chunk, padded_)
       for (int64_t i = begin; i < end; i += kOuterRows) {
         const int64_t n = min(kOuterRows, end - i);
         for (int64_t q = 0; q < n; ++q) {
           for (int64_t k = 0; k < padded_; ++k)
             left[q * padded_ + k] = k < r_ ? scale * narrow[(i + q) * r_ + k] : k == r_ ? T(1) : T{};
-          if (!x.in_place()) x.read(i + q, j0, j1 - j0, room + q * kOuterColumns);
+          if (besides)
+            x.read(i + q, j0, j1 - j0, room + q * kOuterColumns, words + q * kOuterColumns);
+          else if (!x.in_place())
+            x.read(i + q, j0, j1 - j0, room + q * kOuterColumns);
         }
+        if (besides) multiply_besides(*besides, x.dropout, narrow, i, n, j0, j1, words, left + kOuterRows * padded_);
         for (int64_t j = j0; j < j1; j += cols) {
           const T* right = x.in_place() ? x.at(i) + j : room + (j - j0);
           int64_t stride = x.in_place() ? x.view.row_stride : kOuterColumns;
@@ -156,6 +181,24 @@ class OuterSum {
   }
 
  private:
+  // Rows [i, i + n) and columns [j0, j1) of the product besides.
+  static void multiply_besides(const MaskedProduct<T>& product, const Dropout& dropout, const T* narrow, int64_t i,
+                               int64_t n, int64_t j0, int64_t j1, const uint32_t* words, T* room) {
+    constexpr int64_t rows = Tile<T>::rows, cols = Tile<T>::cols;
+    for (int64_t q = 0; q < n; q += rows)
+      for (int64_t j = j0; j < j1; j += cols)
+        multiply_tile(product.r, narrow + (i + q) * product.r, product.r, Fixed<1>{}, product.m->strip(j / cols),
+                      Fixed<cols>{}, room + q * kOuterColumns + (j - j0), kOuterColumns, false);
+    for (int64_t q = 0; q < n; ++q) {
+      T* to = product.to + (i + q) * product.stride + j0;
+      const uint32_t* own = words + q * kOuterColumns;
+      if (product.accumulate)
+        dropout.template choose<true>(own, j1 - j0, room + q * kOuterColumns, to);
+      else
+        dropout.choose(own, j1 - j0, room + q * kOuterColumns, to);
+    }
+  }
+
   int64_t r_ = 0, d_ = 0, padded_ = 0, stride_ = 0;
   Buffer<T> sums_;
   bool started_ = false;
