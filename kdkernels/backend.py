@@ -111,7 +111,7 @@ def choose(op: str, requested: str, device: str, dtypes: Iterable[torch.dtype]) 
     does not support the case, RuntimeError under torch.func and torch.jit.trace, where `auto` takes the reference.
     """
     dtypes = tuple(dtypes)
-    if requested not in BACKENDS:
+    if not isinstance(requested, str) or requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}, but must be one of {', '.join(map(repr, BACKENDS))}")
     wanted = _default if requested == "auto" else requested
     if torch.compiler.is_compiling():

@@ -114,7 +114,7 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = ())
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
 
 

@@ -41,6 +41,10 @@ struct Name {
   py::object of(py::handle tensor) const { return checked(PyObject_GetAttr(tensor.ptr(), interned)); }
   py::object call(py::handle tensor) const { return checked(PyObject_CallMethodNoArgs(tensor.ptr(), interned)); }
   static py::object checked(PyObject* found) {
+    if (!found && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+      PyErr_Clear();
+      throw py::type_error("an operand is no torch.Tensor");
+    }
     if (!found) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(found);
   }

@@ -21,17 +21,17 @@ class Call {
     const size_t K = numbers.size() / 2;
     if (tensors.size() != 1 + 4 * K || numbers.size() != 2 * K || (!states.empty() && states.size() != K))
       throw py::value_error("every layer needs its operands, numbers and state");
-    for (const py::handle tensor : tensors) held_.push_back(hold(tensor));
-    linear.input = held_[0].view;
+    for (const py::handle tensor : tensors) operands.push_back(hold(tensor));
+    linear.input = operands[0].view;
     check_given("input", linear.input);
     layers.resize(K);
     for (size_t k = 0; k < K; ++k) {
       LoraLayer& layer = layers[k];
-      const Held* operands = &held_[1 + 4 * k];
-      layer.weight = operands[0].view;
-      layer.lora_A = operands[1].view;
-      layer.lora_B = operands[2].view;
-      layer.bias = operands[3].view;
+      const Held* own = &operands[1 + 4 * k];
+      layer.weight = own[0].view;
+      layer.lora_A = own[1].view;
+      layer.lora_B = own[2].view;
+      layer.bias = own[3].view;
       check_given("weight", layer.weight);
       check_given("lora_A", layer.lora_A);
       check_given("lora_B", layer.lora_B);
@@ -61,15 +61,14 @@ class Call {
     check_given("projected", view);
     check_shape("projected", view, linear.input.rows, layer.lora_A.rows);
     check_dtype("projected", view, linear.accumulate);
-    if (view.row_stride != layer.lora_A.rows && view.rows > 1) throw py::value_error("projected must be contiguous");
+    if ((view.row_stride != view.cols && view.rows > 1) || (view.col_stride != 1 && view.cols > 1))
+      throw py::value_error("projected must be contiguous");
     layer.projected = view;
   }
 
   LoraLinear linear;
   std::vector<LoraLayer> layers;
-
- private:
-  std::vector<Held> held_;
+  std::vector<Held> operands;
 };
 
 }  // namespace
@@ -124,9 +123,11 @@ void bind_lora_linear(py::module_& m) {
         std::vector<View> rooms(grads.size());
         for (size_t i = 0; i < grads.size(); ++i) {
           if (grads[i].ptr() == Py_True) {
-            const View like = view_of(tensors[i]);
+            const Held& like = call.operands[i];
+            check_given("what a gradient is wanted of", like.view);
             const bool is_bias = i > 0 && i % 4 == 0;
-            grads[i] = is_bias ? new_tensor(tensors[i], {like.rows}) : new_tensor(tensors[i], {like.rows, like.cols});
+            grads[i] = is_bias ? new_tensor(like.tensor, {like.view.rows})
+                               : new_tensor(like.tensor, {like.view.rows, like.view.cols});
           }
           rooms[i] = view_of(grads[i]);
         }

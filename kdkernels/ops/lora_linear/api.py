@@ -116,8 +116,8 @@ def _run(input: Tensor, layers: Sequence[LoRA], backend: str, prefixes: Sequence
     tensors, numbers = pack(input, layers)
     plan = _choose(input, layers, backend, prefixes, tensors, numbers)
     if plan.cast is not None:
-        layers = _cast(layers, plan.cast)
-        tensors, _ = pack(input.to(plan.cast), layers)
+        input, layers = input.to(plan.cast), _cast(layers, plan.cast)
+        tensors, _ = pack(input, layers)
     if plan.leading is not None:
         tensors[0] = input.reshape(prod(plan.leading), input.shape[-1])
     states = draw_states(len(layers), input.device) if plan.drops else None

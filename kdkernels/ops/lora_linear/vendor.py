@@ -27,7 +27,7 @@ def finish(input: Tensor, layers: Sequence[LoRA], projected: Sequence[Tensor], o
         for k in others:
             outputs[k].copy_(y)
     for y, S, layer in zip(outputs, projected, layers, strict=False):
-        y.addmm_(S, layer.lora_B.T.to(S.dtype), alpha=layer.scaling)
+        y.addmm_(layer.scaling * S, layer.lora_B.T.to(S.dtype))  # with an alpha of 0 a NaN would be lost
 
 
 def fits(S: Tensor, layer: LoRA) -> bool:

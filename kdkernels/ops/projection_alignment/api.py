@@ -196,7 +196,7 @@ def _as_weights(weights: Tensor | None) -> Tensor | None:
             "weights requires grad, but no gradient flows into weights: use reduction='none' and weigh the losses "
             "outside, or detach them"
         )
-    if weights.is_complex():
+    if weights.is_complex() or weights.is_quantized:
         raise TypeError(f"weights has dtype {weights.dtype}, but must be real")
     return weights if weights.is_floating_point() else weights.to(torch.float32)
 
