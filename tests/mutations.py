@@ -77,7 +77,7 @@ NATIVE_KERNELS = [
     Mutation("cholesky", CHOLESKY, "row[j] -= factor * above[j];", "row[j] += factor * above[j];"),
     Mutation("project", LOW_RANK, "out[(i + q) * r + s * cols + c] = scale * sums[q * cols + c];", "out[(i + q) * r + s * cols + c] = sums[q * cols + c];"),
     Mutation("OuterSum", LOW_RANK, "started_ || i > begin);", "started_ || i >= begin);"),
-    Mutation("Dropout", DROPOUT, "return word >= limit ? scale * x : T{};", "return word >= limit ? x : T{};"),
+    Mutation("Dropout", DROPOUT, "words[j] >= limit ? scale * load<T>(from + j) : T{};", "words[j] >= limit ? load<T>(from + j) : T{};"),
     Mutation("forward", LORA, "const Term<T> own = low_rank(member, row, scaling);", "const Term<T> own = low_rank(layer, row, scaling);"),
     Mutation("add_dropped", LORA, "dropout.apply(begin + i + q, 0, d, row, dropped);", "dropout.apply(i + q + 1, 0, d, row, dropped);"),
     Mutation("MaskedProduct", LORA, "call.base_done || k > 0, &A[k],", "call.base_done, &A[k],"),
