@@ -97,9 +97,7 @@ def hankel_energy(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None = No
     if horizon is None and _plainly_good(value, energy):
         return energy.to(B.real.dtype)
     good = B_.detach().isfinite().all(-1).all(-1) & C_.detach().isfinite().all(-1).all(-1)
-    if (
-        horizon is None
-    ):  # 1/κ of a state with itself is 1 − |λ|²: at least 0 to its last bit, and then the state is stable
+    if horizon is None:  # 1/κ of a state with itself is 1 − |λ|², above 0 where the state is stable
         good = good & (value.detach().diagonal(0, -2, -1).real.reciprocal() > 0).all(-1)
     else:
         good = good & Lambda_.detach().isfinite().all(-1)

@@ -164,11 +164,10 @@ def _plan(
     if chosen.backend == "native" and reduction != "none" and undisturbed():
         flat = (torch.empty(N, served[0].shape[-1], device="meta"), *served[1:])
         method = methods.choose(method, methods.sizes(flat, needs, "native", metric))[0]
+    operator = schema.projection_alignment_points if reduction == "none" else schema.projection_alignment
     return _Plan(
         backend=chosen,
-        run=(schema.projection_alignment_points if reduction == "none" else schema.projection_alignment).route(
-            operands
-        ),
+        run=operator.route((*operands, weights)),
         method=method,
         leading=sizes["..."],
         needs=needs,

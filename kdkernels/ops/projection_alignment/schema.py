@@ -44,10 +44,7 @@ def projection_alignment(
     divisor: int,
 ) -> Outputs:
     """Σ_i weights_i · loss_i / divisor and its gradients in the order of `NAMES`; those not in `needs` are None."""
-    *operands, weights = (
-        None if x is None else resolved(x)
-        for x in (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights)
-    )
+    *operands, weights = _read(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights)
     total = student.new_empty((), dtype=accumulation_dtype(*operands))
     grads = _gradient_room(operands, needs)
     _implementation(backend).loss_and_gradients(operands, weights, metric, method, divisor, total, grads)
@@ -75,10 +72,7 @@ def projection_alignment_points(
     backend: str,
 ) -> Tensor:
     """(N,): weights_i · loss_i."""
-    *operands, weights = (
-        None if x is None else resolved(x)
-        for x in (student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights)
-    )
+    *operands, weights = _read(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights)
     losses = student.new_empty(student.shape[0], dtype=accumulation_dtype(*operands))
     _implementation(backend).losses(operands, weights, metric, method, losses)
     return losses
@@ -93,6 +87,11 @@ def _(*arguments: Any) -> Tensor:
 def _implementation(backend: str) -> Any:
     """`native` or `triton`: imported when first used, so that importing kdkernels imports neither."""
     return import_module(f"kdkernels.ops.projection_alignment.{backend}")
+
+
+def _read(*tensors: Tensor | None) -> list[Any]:
+    """What kernels read."""
+    return [None if x is None else resolved(x) for x in tensors]
 
 
 def _gradient_room(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
