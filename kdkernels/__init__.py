@@ -12,6 +12,7 @@ from kdkernels.ops.hankel import (
     hankel_singular_values,
     hankel_svd,
 )
+from kdkernels.ops.linear_distillation import Head, TopKTeacher, linear_distillation_loss, topk_teacher
 from kdkernels.ops.lora_linear import LoRA, lora_linear, lora_linear_group
 from kdkernels.ops.projection_alignment import projection_alignment_loss
 from kdkernels.ops.svd import SVD, svd, svdvals
@@ -21,7 +22,9 @@ __all__ = [
     "SVD",
     "BalancedTruncation",
     "GramianFactors",
+    "Head",
     "LoRA",
+    "TopKTeacher",
     "__version__",
     "balanced_truncation",
     "era",
@@ -30,11 +33,13 @@ __all__ = [
     "hankel_energy",
     "hankel_singular_values",
     "hankel_svd",
+    "linear_distillation_loss",
     "lora_linear",
     "lora_linear_group",
     "nn",
     "projection_alignment_loss",
     "svd",
     "svdvals",
+    "topk_teacher",
     "use_backend",
 ]

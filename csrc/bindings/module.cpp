@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of kdkernels. Private: use the operators of the kdkernels package.";
   kd::bind_common(m);
   kd::bind_hankel(m);
+  kd::bind_linear_distillation(m);
   kd::bind_lora_linear(m);
   kd::bind_projection_alignment(m);
   kd::bind_svd(m);

@@ -6,6 +6,7 @@
 
 #include "bf16_tile.h"
 #include "kdkernels/hankel.h"
+#include "kdkernels/linear_distillation.h"
 #include "kdkernels/lora_linear.h"
 #include "kdkernels/projection_alignment.h"
 #include "kdkernels/svd.h"
@@ -15,6 +16,7 @@ namespace kd {
 #define KD_DECLARE_ISA(isa)                                     \
   namespace isa {                                               \
   extern const HankelKernels hankel;                            \
+  extern const LinearDistillationKernels linear_distillation;   \
   extern const LoraLinearKernels lora_linear;                   \
   extern const ProjectionAlignmentKernels projection_alignment; \
   extern const SvdKernels svd;                                  \
@@ -34,39 +36,36 @@ bool avx512_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
-#endif
-
-// bfloat16's own instructions: on an AMD processor they multiply two for a float32, on an Intel one (Emerald Rapids)
-// no more than float32's do, so there they stand behind; AMX reached five times the rate of float32.
-#ifdef KD_HAS_AVX512
-constexpr Isa avx512_bf16{
-    "avx512_bf16",     nullptr, &avx512::projection_alignment, &avx512::lora_linear, &avx512::svd, &avx512::hankel,
-    &avx512_bf16_tile, 2};
-constexpr Isa with_support(Isa isa, bool (*supported)(), int rate) {
-  isa.supported = supported;
-  isa.bf16_rate = rate;
-  return isa;
+bool avx512_bf16_runs() {
+  return avx512_supported() && avx512_bf16_supported();
 }
 #endif
 
+// One instruction set's copies, and how it multiplies bfloat16 numbers.
+#define KD_ISA_ROW(name, supported, isa, bf16, rate)                                                                   \
+  {name, supported, &isa::projection_alignment, &isa::lora_linear, &isa::svd, &isa::hankel, &isa::linear_distillation, \
+   bf16, rate}
+
+// bfloat16's own instructions: on an AMD processor they multiply two for a float32, on an Intel one (Emerald Rapids)
+// no more than float32's do, so there they stand behind; AMX reached five times the rate of float32.
 const Isa table[] = {
 #ifdef KD_HAS_AVX512
-    {"amx", [] { return avx512_supported() && amx_supported(); }, &avx512::projection_alignment, &avx512::lora_linear,
-     &avx512::svd, &avx512::hankel, &amx_tile, 5},
-    with_support(
-        avx512_bf16, [] { return avx512_supported() && avx512_bf16_supported() && __builtin_cpu_is("amd"); }, 2),
-    {"avx512", avx512_supported, &avx512::projection_alignment, &avx512::lora_linear, &avx512::svd, &avx512::hankel,
-     nullptr, 1},
-    with_support(
-        avx512_bf16, [] { return avx512_supported() && avx512_bf16_supported() && !__builtin_cpu_is("amd"); }, 1),
+    KD_ISA_ROW(
+        "amx", [] { return avx512_supported() && amx_supported(); }, avx512, &amx_tile, 5),
+    KD_ISA_ROW(
+        "avx512_bf16", [] { return avx512_bf16_runs() && __builtin_cpu_is("amd"); }, avx512, &avx512_bf16_tile, 2),
+    KD_ISA_ROW("avx512", avx512_supported, avx512, nullptr, 1),
+    KD_ISA_ROW(
+        "avx512_bf16", [] { return avx512_bf16_runs() && !__builtin_cpu_is("amd"); }, avx512, &avx512_bf16_tile, 1),
 #endif
 #ifdef KD_HAS_AVX2
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     &avx2::projection_alignment, &avx2::lora_linear, &avx2::svd, &avx2::hankel, nullptr, 1},
+    KD_ISA_ROW(
+        "avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2, nullptr, 1),
 #endif
-    {"baseline", [] { return true; }, &baseline::projection_alignment, &baseline::lora_linear, &baseline::svd,
-     &baseline::hankel, nullptr, 1},
+    KD_ISA_ROW(
+        "baseline", [] { return true; }, baseline, nullptr, 1),
 };
+#undef KD_ISA_ROW
 
 const Isa& find(const std::string& what, const std::string& name) {
   std::string choices;

@@ -8,6 +8,7 @@ namespace kd {
 
 struct Bf16Tile;
 struct HankelKernels;
+struct LinearDistillationKernels;
 struct LoraLinearKernels;
 struct ProjectionAlignmentKernels;
 struct SvdKernels;
@@ -19,6 +20,7 @@ struct Isa {
   const LoraLinearKernels* lora_linear;
   const SvdKernels* svd;
   const HankelKernels* hankel;
+  const LinearDistillationKernels* linear_distillation;
   const Bf16Tile* bf16;  // products of bfloat16 numbers by instructions of their own, or null
   int bf16_rate;         // how many times faster than float32's they are, as measured
 };

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdkernels import backend as backends
 from kdkernels.contract import Contract, autocast_dtype, check_choice
+from kdkernels.losses import as_weights, nonzero
 from kdkernels.ops.projection_alignment import method as methods
 from kdkernels.ops.projection_alignment import reference, schema
 from kdkernels.plans import Plans, undisturbed
@@ -112,7 +113,7 @@ def _prepare(
     operands: Operands, weights: Tensor | None, metric: str, reduction: str, method: str, backend: str
 ) -> tuple[_Plan, Operands, Tensor | None]:
     """The plan of a checked call, and its operands and weights with one leading dimension."""
-    weights = _as_weights(weights)
+    weights = as_weights(weights)
     cast = autocast_dtype(operands[0])
 
     def decide() -> _Plan:
@@ -129,7 +130,7 @@ def _prepare(
     if weights is not None:
         weights = weights.reshape(prod(plan.leading)).to(reference.accumulation_dtype(*operands))
         if plan.weighted_mean and not plan.late:
-            weights = weights / _nonzero(weights.sum())
+            weights = weights / nonzero(weights.sum())
     return plan, operands, weights
 
 
@@ -181,28 +182,7 @@ def _plan(
 def _divided(total: Tensor, weights: Tensor | None, plan: _Plan) -> Tensor:
     if not plan.late:
         return total
-    return total / (plan.late if weights is None else _nonzero(weights.sum()))
-
-
-def _as_weights(weights: Tensor | None) -> Tensor | None:
-    """Masks may be boolean or integer; weights are data, not parameters."""
-    if not isinstance(weights, Tensor):
-        if weights is not None:
-            raise TypeError(f"weights is {type(weights).__name__}, but must be a torch.Tensor")
-        return None
-    if weights.requires_grad:
-        raise ValueError(
-            "weights requires grad, but no gradient flows into weights: use reduction='none' and weigh the losses "
-            "outside, or detach them"
-        )
-    if weights.is_complex() or weights.is_quantized:
-        raise TypeError(f"weights has dtype {weights.dtype}, but must be real")
-    return weights if weights.is_floating_point() else weights.to(torch.float32)
-
-
-def _nonzero(total: Tensor) -> Tensor:
-    """The sum of the weights, or 1 where nothing counts and the loss is 0 already."""
-    return torch.where(total == 0, torch.ones_like(total), total)
+    return total / (plan.late if weights is None else nonzero(weights.sum()))
 
 
 def _cast(operands: Operands, dtype: torch.dtype) -> Operands:

@@ -11,9 +11,9 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from kdkernels import losses
 from kdkernels.contract import resolved
 from kdkernels.library import needs as needed
 from kdkernels.library import operator
@@ -73,9 +73,9 @@ def projection_alignment_points(
 ) -> Tensor:
     """(N,): weights_i · loss_i."""
     *operands, weights = _read(student, teacher, student_proj, teacher_proj, student_bias, teacher_bias, weights)
-    losses = student.new_empty(student.shape[0], dtype=accumulation_dtype(*operands))
-    _implementation(backend).losses(operands, weights, metric, method, losses)
-    return losses
+    found = student.new_empty(student.shape[0], dtype=accumulation_dtype(*operands))
+    _implementation(backend).losses(operands, weights, metric, method, found)
+    return found
 
 
 @projection_alignment_points.register_fake
@@ -100,36 +100,19 @@ def _gradient_room(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> 
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7])
     ctx.options = inputs[7:]
-    ctx.grads = [g.detach() if need else g for g, need in zip(output[1:], inputs[9], strict=True)]  # else a cycle
+    losses.keep(ctx, output[1:], inputs[9])
 
 
 def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: Tensor | None) -> tuple[Any, ...]:
-    if any(g is not None for g in grads_of_gradients):
-        raise RuntimeError(TWICE)
-    if grad_total is None:
+    if grad_total is None and all(g is None for g in grads_of_gradients):
         return (None,) * 12
-    needs = ctx.options[2]
-    grads, ctx.grads = ctx.grads, None  # handed out once: whoever gets them may keep and change them
-    if grads is None or torch.is_grad_enabled():
-        # A graph that was kept, or a first derivative that will itself be differentiated: then TWICE shall be raised.
-        _, *grads = projection_alignment.whole(*ctx.saved_tensors, *ctx.options)
-        grads = [g * grad_total if need else g for g, need in zip(grads, needs, strict=True)]
-    elif not torch._C._has_storage(grad_total):  # a batch of gradients
-        grads = [g * grad_total if need else g for g, need in zip(grads, needs, strict=True)]
-    elif not _is_one(grad_total):
-        grads = [g.mul_(grad_total) if need else g for g, need in zip(grads, needs, strict=True)]
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None, None
 
+    def again() -> losses.Gradients:
+        return projection_alignment.whole(*ctx.saved_tensors, *ctx.options)[1:]
 
-def _is_one(x: Tensor) -> bool:
-    """Whether a scalar on the CPU is 1, as in `loss.backward()`: one pass over the gradients less.
-
-    A tensor that only stands for one (while tracing) or lives on a device is not asked.
-    """
-    return type(x) is Tensor and x.device.type == "cpu" and x.item() == 1
+    return *losses.scaled(ctx, grad_total, grads_of_gradients, ctx.options[2], again, TWICE), *(None,) * 6  # type: ignore
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -139,7 +122,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _weigh_points(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
     *operands, weights = ctx.saved_tensors
-    weights = grad_losses if weights is None else torch.where(weights != 0, grad_losses * weights, 0)
+    weights = losses.point_weights(weights, grad_losses)
     needs = [bool(need) for need in needed(ctx)[:6]]
     _, *grads = projection_alignment.whole(*operands, weights, ctx.metric, ctx.method, needs, ctx.backend, 1)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None

@@ -27,6 +27,7 @@ from torch import Tensor
 from kdkernels.launch import cdiv, on_its_device
 from kdkernels.ops.projection_alignment import kernels
 from kdkernels.ops.projection_alignment import method as methods
+from kdkernels.products import Total, multiply
 
 Operands = Sequence[Tensor | None]
 
@@ -113,7 +114,7 @@ class _Side:
 
     def allocate(self, rows: int) -> None:
         self.rows = rows
-        self.sum_proj, self.sum_bias = _Total(self.grad_proj), _Total(self.grad_bias)
+        self.sum_proj, self.sum_bias = Total(self.grad_proj), Total(self.grad_bias)
         if self.proj is not None:
             self.z_rows = self.x.new_empty((rows, self.D), dtype=torch.float32)
             in_place = self.dtype is torch.float32 or not self.needs_dz
@@ -132,7 +133,7 @@ class _Side:
         filled = None if n == self.rows else slice(n)
         self.z = _rows(self.z_rows, filled)
         self.dz = _rows(self.dz_rows, filled) if self.needs_dz else None
-        _mm(self.x_rows, self.proj.t(), out=self.z)
+        multiply(self.x_rows, self.proj.t(), self.z)
 
     def differentiate(self, block: slice | None) -> None:
         """∂x = ∂z W, ∂W += ∂zᵀ x, ∂bias += Σ ∂z."""
@@ -151,45 +152,6 @@ class _Side:
     def finish(self) -> None:
         self.sum_proj.finish()
         self.sum_bias.finish()
-
-
-class _Total:
-    """The float32 sum of what blocks add to a gradient: the gradient itself where it is float32."""
-
-    def __init__(self, grad: Tensor | None) -> None:
-        self.grad, self.filled = grad, False
-        self.sum = grad
-        if grad is not None and grad.dtype is not torch.float32:
-            self.sum = torch.empty_like(grad, dtype=torch.float32)
-
-    def add_product(self, a: Tensor, b: Tensor) -> None:
-        """Add a b, whatever the (common) dtype of a and b."""
-        assert self.sum is not None
-        if not self.filled:
-            _mm(a, b, out=self.sum)
-        elif a.dtype is torch.float32:
-            self.sum.addmm_(a, b)
-        else:  # not every torch has addmm with a float32 sum of low-precision products
-            product = torch.empty_like(self.sum)
-            _mm(a, b, out=product)
-            self.sum += product
-        self.filled = True
-
-    def add_rows(self, x: Tensor) -> None:
-        """Add the sum of the rows of x."""
-        assert self.sum is not None
-        if self.filled:
-            self.sum += x.sum(0, dtype=torch.float32)
-        else:
-            torch.sum(x, 0, dtype=torch.float32, out=self.sum)
-        self.filled = True
-
-    def finish(self) -> None:
-        """Fill the gradient."""
-        if self.grad is not None and not self.filled:
-            self.grad.zero_()
-        elif self.grad is not None and self.sum is not None and self.sum is not self.grad:
-            self.grad.copy_(self.sum)
 
 
 def _direct(
@@ -325,13 +287,3 @@ def _split(dW: Tensor, grad_W: Tensor | None, grad_bias: Tensor | None) -> None:
         grad_W.copy_(dW[:, : grad_W.shape[1]])
     if grad_bias is not None:
         grad_bias.copy_(dW[:, -1])
-
-
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b in float32, whatever the (common) dtype of a and b."""
-    if a.dtype is torch.float32:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:  # only GPUs have matmuls with mixed dtypes
-        torch.mm(a.float(), b.float(), out=out)

@@ -1,0 +1,110 @@
+"""A call packed into tensors and numbers, as torch.library, autograd and every implementation pass it on.
+
+`tensors` are those of the student's `Side`, then of each teacher's; `numbers` are temperature, beta and alpha, then the
+numbers of each side. Gradients, and which of them are needed, stand in the order of `tensors`; only the student has any.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.contract import resolved
+
+
+class Head(NamedTuple):
+    """What makes logits of hidden states h: softcap · tanh(scale · (h Wᵀ + b + scaling · (ĥ Aᵀ) Bᵀ) / softcap).
+
+    Attributes:
+        weight: (V, d), as in `torch.nn.Linear`.
+        bias: (V,). An entry of −∞ takes its token out.
+        lora_A, lora_B: (r, d) and (V, r), an adapter that is not merged; both or neither.
+        scaling: of the adapter.
+        dropout_p: of the adapter's input ĥ, from torch's generator; 0 while evaluating.
+        scale: of the logits (Cohere's `logit_scale`, 1 over Granite's `logits_scaling`), above 0.
+        softcap: of the logits (Gemma 2's `final_logit_softcapping`), above 0; None for no cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Side(NamedTuple):
+    """The student or one teacher, as implementations see it."""
+
+    states: Tensor  # (N, d); without a weight (N, V) logits, or (N, k) log-probabilities
+    weight: Tensor | None = None  # (V, d)
+    bias: Tensor | None = None  # (V,)
+    low: Tensor | None = None  # (N, r): scaling · ĥ Aᵀ
+    low_head: Tensor | None = None  # (V, r): B
+    indices: Tensor | None = None  # (N, k): the tokens of log-probabilities
+    columns: Tensor | None = None  # (V_student,): a teacher's token for each of the student's, those without one aside
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    share: float = 1.0  # π
+    spread: float = 0.0  # of log-probabilities: 1 where the remaining mass is spread over the other tokens
+    vocabulary: int = 0  # V of this side
+
+    @property
+    def width(self) -> int:
+        """Logits that the states themselves have, or their head."""
+        return self.states.shape[1] if self.weight is None else self.weight.shape[0]
+
+
+TENSORS = 7  # of a side; the rest are numbers
+NUMBERS = len(Side._fields) - TENSORS
+TRAINED = 5  # the first tensors of the student have gradients
+COMMON = 3  # numbers before those of the sides
+
+
+class Call(NamedTuple):
+    """What an implementation computes."""
+
+    student: Side
+    teachers: list[Side]
+    excluded: Tensor | None  # (V,): not 0 where a token is not common to all
+    labels: Tensor | None  # (N,) int64
+    weights: Tensor | None  # (N,)
+    divergence: str
+    mixture: str
+    temperature: float
+    beta: float
+    alpha: float
+    divisor: int = 1  # of every weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of sums, and of the loss."""
+        return accumulation_dtype(*self.student[:TENSORS], *(x for side in self.teachers for x in side[:TENSORS]))
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any argument is float64, else float32."""
+    return torch.float64 if any(x is not None and x.dtype is torch.float64 for x in tensors) else torch.float32
+
+
+def pack(sides: Sequence[Side]) -> tuple[list[Tensor | None], list[float]]:
+    """`tensors`, and the numbers of the sides."""
+    tensors: list[Tensor | None] = []
+    numbers: list[float] = []
+    for side in sides:
+        tensors += side[:TENSORS]
+        numbers += map(float, side[TENSORS:])
+    return tensors, numbers
+
+
+def unpack(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> list[Side]:
+    """The sides, their tensors as they lie in memory. Under torch.library an absent one has no elements."""
+    found: list[Any] = [None if x is None or (x.dim() == 1 and not x.numel()) else resolved(x) for x in tensors]
+    sides = []
+    for k in range(len(found) // TENSORS):
+        *rest, vocabulary = numbers[COMMON + NUMBERS * k : COMMON + NUMBERS * (k + 1)]
+        sides.append(Side(*found[TENSORS * k : TENSORS * (k + 1)], *rest, int(vocabulary)))
+    return sides

@@ -1,0 +1,237 @@
+"""The loss and its gradients, block by block of points: what native and triton share.
+
+Of a block of points each head's product makes logits, a kernel makes the block's losses of them and overwrites the
+student's with their gradient, and two more products make the gradients of the states and of the head. Memory is
+O(block · V), whatever N and K are: at most three blocks of logits, the student's, a teacher's, and the mixture of the
+teachers before it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops.linear_distillation import reference
+from kdkernels.ops.linear_distillation.call import Call, Side
+from kdkernels.products import Total
+
+Block = slice | Tensor  # rows, or their indices
+
+
+class Kernels(Protocol):
+    """What an implementation brings."""
+
+    block_bytes: int  # of logits
+    compacts: bool  # points that do not count are left out; else they are computed, and masked
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+        """out = a b, or out += a b, in the dtype of out."""
+
+    def absorb(self, call: Call, teacher: Side, rows: Tensor, bias: Tensor | None, mixture: Tensor, first: bool) -> None:
+        """Add a teacher's raw logits (n, V) to the mixture (n, V), or begin it."""
+
+    def diverge(
+        self, call: Call, student: Tensor, teacher: Tensor, bias: Tensor | None, mixture: Tensor | None,
+        labels: Tensor | None, weights: Tensor | None, losses: Tensor, gradient: torch.dtype | None,
+    ) -> Tensor:  # fmt: skip
+        """Fill `losses` (n,), and return the gradient of the student's raw logits where its dtype is given."""
+
+
+def run(call: Call, kernels: Kernels, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Fill `losses` (N,), and the gradients of the student's tensors that have room."""
+    N, V = losses.shape[0], call.student.width
+    points = _counted(call, kernels)
+    if points is not None:
+        for room in (losses, grads[0], grads[3]):
+            if room is not None:
+                room.zero_()
+    count = N if points is None else len(points)
+    trained = _Trained(call, kernels, grads)
+    rooms = _Rooms(call, kernels, min(_rows_per_block(call, kernels), max(count, 1)))
+    biases = [_bias(side, V) for side in call.teachers]
+    for block in _blocks(count, rooms.rows, points):
+        n = len(block) if isinstance(block, Tensor) else block.stop - block.start
+        *before, last = call.teachers
+        mixture = rooms.mixture[:n] if before else None
+        for k, teacher in enumerate(before):
+            rows = rooms.teacher_logits(teacher, block, n)
+            kernels.absorb(call, teacher, rows, biases[k], mixture, k == 0)  # type: ignore[arg-type]
+        target = rooms.teacher_logits(last, block, n)
+        student = rooms.student_logits(block, n)
+        labels, weights = _take(call.labels, block), _take(call.weights, block)
+        found = losses[block] if isinstance(block, slice) else losses.new_empty(n)
+        gradient = kernels.diverge(
+            call, student, target, biases[-1], mixture, labels, weights, found, trained.gradient_dtype
+        )
+        if isinstance(block, Tensor):
+            losses[block] = found
+        trained.add(block, gradient, None if kernels.compacts else weights)
+    trained.finish()
+
+
+def check_labels(labels: Tensor | None, weights: Tensor | None, V: int) -> None:
+    """Raise ValueError where a label of a point that counts is no token. On a GPU nobody waits for the answer."""
+    if labels is None or labels.device.type != "cpu" or not labels.numel():
+        return
+    wrong = (labels < 0) | (labels >= V)
+    if weights is not None:
+        wrong &= weights != 0
+    if wrong.any():
+        raise ValueError(
+            f"labels holds {labels[wrong][0].item()}, but must be at least 0 and below {V}, the size of the student's "
+            "vocabulary, or ignore_index"
+        )
+
+
+class _Rooms:
+    """The buffers that a block's logits pass through."""
+
+    def __init__(self, call: Call, kernels: Kernels, rows: int) -> None:
+        self.call, self.kernels, self.rows = call, kernels, rows
+        self.V = call.student.width
+        made = [side for side in call.teachers if _made(side, self.V)]
+        wide = max((max(side.vocabulary, self.V) for side in made), default=0)
+        self.student = self._room(self.V)
+        self.mixture = self._room(self.V) if len(call.teachers) > 1 else self.student[:0]
+        self.raw = self._room(wide) if made else None
+        self.ordered = self._room(self.V) if any(side.columns is not None for side in made) else None
+
+    def _room(self, columns: int) -> Tensor:
+        return self.call.student.states.new_empty((self.rows, columns), dtype=self.call.dtype)
+
+    def student_logits(self, block: Block, n: int) -> Tensor:
+        """(n, V) raw logits, to be overwritten."""
+        room = self.student[:n]
+        self._product(self.call.student, block, room)
+        return room
+
+    def teacher_logits(self, side: Side, block: Block, n: int) -> Tensor:
+        """(n, V) raw logits in the order of the student's vocabulary; excluded tokens hold anything."""
+        if self.raw is None or not _made(side, self.V):
+            return _take(side.states, block)
+        mapped = side.columns is not None
+        width = side.vocabulary if mapped else min(side.vocabulary, self.V)
+        raw = self.raw[:n, : width if mapped else self.V]
+        self._product(side, block, raw[:, :width])
+        if not mapped:
+            return raw
+        assert self.ordered is not None and side.columns is not None
+        return torch.index_select(raw, 1, side.columns.clamp(min=0), out=self.ordered[:n])
+
+    def _product(self, side: Side, block: Block, out: Tensor) -> None:
+        """The first columns of a side's raw logits."""
+        x, width = _take(side.states, block), out.shape[1]
+        if side.indices is not None:
+            _spread(x, side._replace(indices=_take(side.indices, block)), out)
+        elif side.weight is None:
+            out.copy_(x[:, :width])
+        else:
+            self.kernels.multiply(x, side.weight[:width].T, out)
+        if side.low is not None and side.low_head is not None:
+            low = _take(side.low, block)
+            self.kernels.multiply(low, side.low_head[:width].T.to(low.dtype), out, True)
+
+
+class _Trained:
+    """The gradients of the student's tensors."""
+
+    def __init__(self, call: Call, kernels: Kernels, grads: Sequence[Tensor | None]) -> None:
+        student = call.student
+        self.student, self.kernels, self.grads = student, kernels, grads
+        wanted = any(g is not None for g in grads)
+        narrow = student.weight is not None and student.weight.dtype is student.states.dtype
+        self.gradient_dtype = (student.states.dtype if narrow else call.dtype) if wanted else None
+        self.sums = [Total(g, call.dtype, kernels.multiply) for g in (grads[1], grads[2], grads[4])]
+
+    def add(self, block: Block, gradient: Tensor, weights: Tensor | None) -> None:
+        """A block's part, from the gradient (n, V) of its raw logits; `weights` mask its rows."""
+        dx, dW, db, dlow, dB = self.grads
+        student = self.student
+        for out, weight in ((dx, student.weight), (dlow, student.low_head)):
+            if out is not None:
+                self._points(out, block, gradient, weight)
+        sum_W, sum_b, sum_B = self.sums
+        for room, total, x in ((dW, sum_W, student.states), (dB, sum_B, student.low)):
+            if room is not None:
+                rows = _take(x, block)
+                if weights is not None:  # what a point holds that does not count must not meet a zero in a product
+                    rows = rows.masked_fill((weights == 0)[:, None], 0)
+                total.add_product(gradient.T, rows)
+        if db is not None:
+            sum_b.add_rows(gradient)
+
+    def _points(self, out: Tensor, block: Block, gradient: Tensor, weight: Tensor | None) -> None:
+        """out[block] = gradient · weight, or the gradient itself of a student that is logits."""
+        if weight is None:
+            out[block] = gradient.to(out.dtype)
+            return
+        direct = isinstance(block, slice) and out.dtype is _wide(out.dtype)
+        n, d = gradient.shape[0], weight.shape[1]
+        to = out[block] if direct else out.new_empty((n, d), dtype=_wide(out.dtype))
+        self.kernels.multiply(gradient, weight, to)
+        if not direct:
+            out[block] = to.to(out.dtype)
+
+    def finish(self) -> None:
+        for total in self.sums:
+            total.finish()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _counted(call: Call, kernels: Kernels) -> Tensor | None:
+    """The indices of the points that count, or None where all do or none is left out."""
+    if call.weights is None or not kernels.compacts:
+        return None
+    found = call.weights.nonzero()[:, 0]
+    return None if len(found) == len(call.weights) else found
+
+
+def _blocks(count: int, rows: int, points: Tensor | None) -> Iterator[Block]:
+    for start in range(0, count, rows):
+        block = slice(start, min(start + rows, count))
+        yield block if points is None else points[block]
+
+
+def _rows_per_block(call: Call, kernels: Kernels) -> int:
+    """As many as `block_bytes` hold, a multiple of 16 and at least that."""
+    V = call.student.width
+    made = [max(side.vocabulary, V) for side in call.teachers if _made(side, V)]
+    mapped = any(side.columns is not None for side in call.teachers)
+    columns = V + (V if len(call.teachers) > 1 else 0) + max(made, default=0) + (V if mapped else 0)
+    size = torch.finfo(call.dtype).bits // 8
+    return max(16, kernels.block_bytes // (columns * size) // 16 * 16)
+
+
+def _made(side: Side, V: int) -> bool:
+    """Whether a teacher's raw logits have to be made: they are not given, in the student's order."""
+    given = side.weight is None and side.indices is None and side.low is None
+    return not given or side.columns is not None or side.states.shape[1] != V
+
+
+def _bias(side: Side, V: int) -> Tensor | None:
+    """(V,): a teacher's bias in the order of the student's vocabulary."""
+    if side.bias is None:
+        return None
+    return reference.in_students_order(side.bias[None], side, V)[0].contiguous()
+
+
+def _spread(log_probs: Tensor, side: Side, out: Tensor) -> None:
+    """The first columns of the logits that top-k log-probabilities stand for."""
+    if out.shape[1] < side.vocabulary:
+        out.copy_(reference.from_top_k(log_probs.to(out.dtype), side)[:, : out.shape[1]])
+        return
+    log_probs = log_probs.to(out.dtype)
+    out.copy_(reference.tails(log_probs, side)[:, None].expand_as(out))
+    assert side.indices is not None
+    out.scatter_(1, side.indices.long(), log_probs)
+
+
+def _take(x: Any, block: Block) -> Any:
+    if x is None:
+        return None
+    return x[block] if isinstance(block, slice) else x.index_select(0, block)
+
