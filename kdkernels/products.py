@@ -1,4 +1,4 @@
-"""Matrix products and sums over blocks of rows in float32 (float64 of float64), whatever the dtypes of their operands."""
+"""Products and sums over blocks of rows in float32 (float64 of float64), whatever the dtypes of their operands."""
 
 from collections.abc import Callable
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from math import prod
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import Contract, autocast_dtype, check_choice, is_whole, show
+from kdkernels.contract import autocast_dtype, check_choice, is_whole
 from kdkernels.losses import as_weights, nonzero
 from kdkernels.ops.linear_distillation import method as methods
 from kdkernels.ops.linear_distillation import reference, schema, stream
-from kdkernels.ops.linear_distillation.call import TENSORS, TRAINED, Call, Head, Side, accumulation_dtype, pack
+from kdkernels.ops.linear_distillation.arguments import (
+    Teacher,
+    as_head,
+    as_shares,
+    as_teachers,
+    check_labels,
+    check_range,
+    check_side,
+    names,
+    tensors_of,
+)
+from kdkernels.ops.linear_distillation.call import TRAINED, Call, Head, Side, accumulation_dtype, pack
 from kdkernels.ops.linear_distillation.top_k import TopKTeacher
 from kdkernels.ops.linear_distillation.vocabulary import Vocabularies, as_maps, common
 from kdkernels.plans import Plans, undisturbed
@@ -23,16 +33,13 @@ from kdkernels.plans import Plans, undisturbed
 OP = "linear_distillation_loss"
 PLANS = Plans()
 REDUCTIONS = ("mean", "sum", "none")
-SUM_SLACK = 1e-4  # by which teacher_weights may miss a sum of 1
-
-Teacher = Tensor | TopKTeacher
 
 
 def linear_distillation_loss(
     student: Tensor,
     student_head: Tensor | Head | None,
     teachers: Teacher | Sequence[Teacher],
-    teacher_heads: Tensor | Head | None | Sequence[Tensor | Head | None] = None,
+    teacher_heads: Tensor | Head | Sequence[Tensor | Head | None] | None = None,
     *,
     labels: Tensor | None = None,
     divergence: str = "forward_kl",
@@ -96,7 +103,7 @@ def linear_distillation_loss(
         ValueError: shapes, devices, labels or options do not fit; the message names the argument.
     """
     weights = as_weights(weights)
-    heads, listed = _as_head("student_head", student_head), _as_teachers(teachers, teacher_heads)
+    heads, listed = as_head("student_head", student_head), as_teachers(teachers, teacher_heads)
     options = (divergence, temperature, beta, alpha, mixture, ignore_index, reduction, backend)
     plan, call, needs = _prepare(student, heads, listed, teacher_weights, vocab_map, labels, weights, options)
     if plan.backend.backend == "reference":
@@ -121,7 +128,7 @@ class _Plan(NamedTuple):
     backend: backends.Implementation
     leading: tuple[int, ...]
     cast: torch.dtype | None  # what autocast makes of states and heads
-    shares: tuple[float, ...]
+    dtype: torch.dtype  # of sums
     mean: bool
     late: bool  # the mean is taken of the total: float16 gradients would lose small numbers before a scaler saw them
 
@@ -131,35 +138,32 @@ def _prepare(
     vocab_map: Any, labels: Tensor | None, weights: Tensor | None, options: tuple[Any, ...],
 ) -> tuple[_Plan, Call, list[bool]]:  # fmt: skip
     """The plan of a checked call, the call itself, and which of the student's tensors need a gradient."""
-    divergence, temperature, beta, alpha, mixture, ignore_index, reduction, backend = options
+    divergence, temperature, beta, alpha, mixture, ignore_index, *_ = options
     cast = autocast_dtype(student)
-    shares = _as_shares(teacher_weights, len(teachers))
-    flat = _tensors(student, head, teachers)
+    shares = as_shares(teacher_weights, len(teachers))
+    flat = tensors_of(student, head, teachers)
 
     def decide() -> _Plan:
-        return _plan(student, head, teachers, shares, labels, weights, options, cast)
+        return _plan(student, head, teachers, labels, weights, options, cast)
 
     numbers = [x for h in (head, *(h for _, h in teachers)) if h is not None for x in h[4:]]
     key = (*options, *numbers, len(teachers), shares, backends.default(), cast, torch.is_grad_enabled())
     plan = PLANS.find((*flat, labels, weights), key, decide)
     N = prod(plan.leading)
-    own = _side(student, head, N, plan.cast)
-    sides = [_teacher_side(x, h, N, plan.cast, share) for (x, h), share in zip(teachers, plan.shares, strict=True)]
-    maps, names = as_maps(vocab_map, len(sides)), _names("teachers", len(sides))
-    kept = [k for k, side in enumerate(sides) if side.share > 0]  # 0 · −∞ is no number, and costs as much
-    served = [sides[k] for k in kept]
-    dtype = accumulation_dtype(*(x for side in (own, *served) for x in side[:TENSORS]))
-    maps = None if maps is None else [maps[k] for k in kept]
-    served, excluded = common(own.vocabulary, served, maps, [names[k] for k in kept], own.states, dtype)
+    if weights is not None:
+        weights = weights.reshape(N).to(plan.dtype)
     if labels is not None:
-        labels = labels.reshape(N)
+        labels = labels.reshape(N).long().contiguous()
         counts = labels != ignore_index
-        weights = counts.to(dtype) if weights is None else torch.where(counts, weights.reshape(N).to(dtype), 0)
-        labels = labels.long().contiguous()
-    elif weights is not None:
-        weights = weights.reshape(N).to(dtype)
-    if weights is not None and own.low is not None:  # the adapter's own gradient is autograd's: see there no NaN
-        own = own._replace(low=_low(torch.where((weights != 0)[:, None], own.states, 0), head, plan.cast))
+        weights = counts.to(plan.dtype) if weights is None else torch.where(counts, weights, 0)
+    own = _side(student, head, N, plan.cast, weights)
+    sides = [_teacher_side(x, h, N, plan.cast, share) for (x, h), share in zip(teachers, shares, strict=True)]
+    maps, called = as_maps(vocab_map, len(sides)), names("teachers", len(sides))
+    kept = [k for k, side in enumerate(sides) if side.share > 0]  # 0 · −∞ is no number, and costs as much
+    served, excluded = common(
+        own.vocabulary, [sides[k] for k in kept], None if maps is None else [maps[k] for k in kept],
+        [called[k] for k in kept], own.states, plan.dtype,
+    )  # fmt: skip
     divisor = max(N, 1) if plan.mean and weights is None and not plan.late else 1
     if plan.mean and weights is not None and not plan.late:
         weights = weights / nonzero(weights.sum())
@@ -168,40 +172,40 @@ def _prepare(
         divisor,
     )  # fmt: skip
     grad = torch.is_grad_enabled()
-    needs = [grad and x is not None and x.requires_grad for x in own[:TRAINED]]
+    needs = [grad and x is not None and x.requires_grad for x in own.tensors[:TRAINED]]
     return plan, call, needs
 
 
 def _plan(
-    student: Tensor, head: Head | None, teachers: Sequence[tuple[Teacher, Head | None]], shares: tuple[float, ...],
-    labels: Tensor | None, weights: Tensor | None, options: tuple[Any, ...], cast: torch.dtype | None,
+    student: Tensor, head: Head | None, teachers: Sequence[tuple[Teacher, Head | None]], labels: Tensor | None,
+    weights: Tensor | None, options: tuple[Any, ...], cast: torch.dtype | None,
 ) -> _Plan:  # fmt: skip
     """Raises unless everything fits."""
     divergence, temperature, beta, alpha, mixture, ignore_index, reduction, backend = options
     check_choice("divergence", divergence, reference.DIVERGENCES)
     check_choice("mixture", mixture, reference.MIXTURES)
     check_choice("reduction", reduction, REDUCTIONS)
-    _check_range("temperature", temperature, 0, float("inf"), "above 0 and finite")
-    _check_range("beta", beta, 0, 1, 'above 0 and below 1 (at its ends are "forward_kl" and "reverse_kl")')
-    _check_range("alpha", alpha, 0, 1, "from 0 to 1", closed=True)
+    check_range("temperature", temperature, 0, float("inf"), "above 0 and finite")
+    check_range("beta", beta, 0, 1, 'above 0 and below 1 (at its ends are "forward_kl" and "reverse_kl")')
+    check_range("alpha", alpha, 0, 1, "from 0 to 1", closed=True)
     if not is_whole(ignore_index):
         raise TypeError(f"ignore_index is {ignore_index!r}, but must be a whole number")
     if alpha < 1 and labels is None:
         raise ValueError(f"alpha is {alpha}, so part of the loss is of labels, but labels is None")
-    leading = _check_side("student", "student_head", student, head, None, weights)
+    leading = check_side("student", "student_head", student, head, None, weights)
     device = student.device
-    for name, (x, h) in zip(_names("teachers", len(teachers)), teachers, strict=True):
-        _check_side(name, name.replace("teachers", "teacher_heads"), x, h, (leading, device), None)
+    for name, (x, h) in zip(names("teachers", len(teachers)), teachers, strict=True):
+        check_side(name, name.replace("teachers", "teacher_heads"), x, h, (leading, device), None)
     if labels is not None:
-        _check_labels(labels, leading, device)
-    present = [x for x in _tensors(student, head, teachers) if x is not None and x.is_floating_point()]
+        check_labels(labels, leading, device)
+    present = [x for x in tensors_of(student, head, teachers) if x is not None and x.is_floating_point()]
     dtypes = {x.dtype for x in present if cast is None or x.dtype is torch.float64} | ({cast} if cast else set())
     chosen = backends.choose(OP, backend, device.type, dtypes)
     if chosen.backend != "reference":
         backends.refuse_tangents(OP, present)
     mean = reduction == "mean"
     late = mean and any(x.dtype is torch.float16 for x in present)
-    return _Plan(chosen, leading, cast, shares, mean, late)
+    return _Plan(chosen, leading, cast, accumulation_dtype(*present), mean, late)
 
 
 def _divided(total: Tensor, call: Call, plan: _Plan) -> Tensor:
@@ -210,155 +214,29 @@ def _divided(total: Tensor, call: Call, plan: _Plan) -> Tensor:
     return total / (max(prod(plan.leading), 1) if call.weights is None else nonzero(call.weights.sum()))
 
 
-def _as_head(name: str, head: Any) -> Head | None:
-    """Raises TypeError for what is no head."""
-    if head is None or isinstance(head, Head):
-        return head
-    if isinstance(head, Tensor):
-        return Head(head)
-    raise TypeError(f"{name} is {type(head).__name__}, but must be a torch.Tensor, a kdkernels.Head or None")
-
-
-def _as_teachers(teachers: Any, heads: Any) -> list[tuple[Teacher, Head | None]]:
-    """Each teacher and its head."""
-    alone = isinstance(teachers, (Tensor, TopKTeacher))
-    if alone:
-        teachers = [teachers]
-    if not isinstance(teachers, (list, tuple)):
-        raise TypeError(f"teachers is {type(teachers).__name__}, but must be a tensor, a TopKTeacher or a list of them")
-    if not teachers:
-        raise ValueError("teachers is empty, but must have at least one teacher")
-    if heads is None:
-        heads = [None] * len(teachers)
-    elif isinstance(heads, (Tensor, Head)):
-        heads = [heads]
-    if not isinstance(heads, (list, tuple)):
-        raise TypeError(f"teacher_heads is {type(heads).__name__}, but must be a tensor, a Head, None or a list of them")
-    if len(heads) != len(teachers):
-        raise ValueError(f"teacher_heads has {len(heads)} entries, but must have one for each of {len(teachers)} teachers")
-    named = zip(_names("teacher_heads", len(heads)), heads, strict=True)
-    return list(zip(teachers, [_as_head(name, head) for name, head in named], strict=True))
-
-
-def _names(name: str, count: int) -> list[str]:
-    return [f"{name}[{k}]" for k in range(count)]
-
-
-def _as_shares(teacher_weights: Any, K: int) -> tuple[float, ...]:
-    """π, normalised."""
-    if teacher_weights is None:
-        return (1 / K,) * K
-    try:
-        found = teacher_weights.tolist() if isinstance(teacher_weights, Tensor) else list(teacher_weights)
-        shares = [float(x) for x in found]
-    except (TypeError, ValueError):
-        raise TypeError(f"teacher_weights is {teacher_weights!r}, but must hold one number for each teacher") from None
-    if len(shares) != K:
-        raise ValueError(f"teacher_weights has {len(shares)} entries, but must have one for each of {K} teachers")
-    total = sum(shares)
-    if not (min(shares) >= 0 and abs(total - 1) <= SUM_SLACK):
-        raise ValueError(f"teacher_weights is {shares}, but must be numbers of at least 0 whose sum is 1, not {total:.6g}")
-    return tuple(x / total for x in shares)
-
-
-def _tensors(student: Tensor, head: Head | None, teachers: Sequence[tuple[Teacher, Head | None]]) -> list[Any]:
-    """All tensors that a plan depends on."""
-    found: list[Any] = [student, *(head or ())[:4]]
-    for x, h in teachers:
-        found += [x.log_probs, x.indices] if isinstance(x, TopKTeacher) else [x]
-        found += (h or ())[:4]
-    return found
-
-
-def _check_side(name: str, head_name: str, x: Any, head: Head | None, like: Any, weights: Tensor | None) -> tuple[int, ...]:
-    """The leading dimensions of one side, which are those of `like`."""
-    if isinstance(x, TopKTeacher):
-        if head is not None:
-            raise ValueError(f"{head_name} was given, but {name} is a TopKTeacher, which has no head: it must be None")
-        name, x = f"{name}.log_probs", x.log_probs
-    shapes, tensors = {name: "... d" if head is not None else "... V"}, {name: x}
-    if head is not None:
-        bare = all(value is None for value in head[1:4])
-        for field, shape in zip(Head._fields[:4], ("V d", "V?", "r d?", "V r?"), strict=True):
-            full = head_name if field == "weight" and bare else f"{head_name}.{field}"
-            shapes[full], tensors[full] = shape, getattr(head, field)
-        _check_numbers(head_name, head)
-    if weights is not None:
-        shapes["weights"], tensors["weights"] = "...", weights
-    sizes = Contract(**shapes).bind(tensors)
-    if sizes["V"] < 1:
-        raise ValueError(f"{head_name if head is not None else name} has no token, but must have at least one")
-    leading = sizes["..."]
-    if like is not None:
-        if leading != like[0]:
-            raise ValueError(
-                f"{name} has shape {show(x.shape)}, but must have the leading dimensions {show(like[0])} of student"
-            )
-        if x.device != like[1]:
-            raise ValueError(f"{name} is on {x.device}, but student is on {like[1]}: one device, please")
-    return leading
-
-
-def _check_numbers(name: str, head: Head) -> None:
-    if (head.lora_A is None) != (head.lora_B is None):
-        raise ValueError(f"{name} has one of lora_A and lora_B, but must have both or neither")
-    if head.lora_A is not None and head.lora_A.shape[0] < 1:
-        raise ValueError(f"{name}.lora_A has shape {show(head.lora_A.shape)}, but must have a rank of at least 1")
-    largest = float("inf")
-    _check_range(f"{name}.scaling", head.scaling, -largest, largest, "finite")
-    if not 0 <= _number(f"{name}.dropout_p", head.dropout_p) < 1:
-        raise ValueError(f"{name}.dropout_p is {head.dropout_p}, but must be at least 0 and below 1")
-    _check_range(f"{name}.scale", head.scale, 0, largest, "above 0 and finite")
-    if head.softcap is not None:
-        _check_range(f"{name}.softcap", head.softcap, 0, largest, "above 0 and finite, or None")
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {type(value).__name__}, but must be a number")
-    return float(value)
-
-
-def _check_range(name: str, value: Any, low: float, high: float, what: str, closed: bool = False) -> None:
-    x = _number(name, value)
-    if not (low <= x <= high if closed else low < x < high):
-        raise ValueError(f"{name} is {value}, but must be {what}")
-
-
-def _check_labels(labels: Any, leading: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is {type(labels).__name__}, but must be a torch.Tensor")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
-        raise TypeError(f"labels has dtype {labels.dtype}, but must be integers")
-    if labels.shape != leading:
-        raise ValueError(
-            f"labels has shape {show(labels.shape)}, but must be {show(leading)}, the leading dimensions of student"
-        )
-    if labels.device != device:
-        raise ValueError(f"labels is on {labels.device}, but student is on {device}: one device, please")
-
-
-def _side(x: Tensor, head: Head | None, N: int, cast: torch.dtype | None) -> Side:
+def _side(x: Tensor, head: Head | None, N: int, cast: torch.dtype | None, weights: Tensor | None = None) -> Side:
     """The operands of hidden states and head, or of logits, with one leading dimension."""
     x = x.reshape(N, x.shape[-1])
     if head is None:
         return Side(x, vocabulary=x.shape[-1])
-    weight, bias = head.weight, head.bias
+    weight, low = head.weight, None
     if cast is not None:
         x, weight = (y if y.dtype is torch.float64 else y.to(cast) for y in (x, weight))
+    if head.lora_A is not None:
+        # its gradients are autograd's, which would meet the NaN of a point that does not count
+        points = x if weights is None else torch.where((weights != 0)[:, None], x, 0)
+        low = _adapted(points, head, head.lora_A)
     return Side(
-        x, weight, bias, _low(x, head, cast), head.lora_B, scale=float(head.scale), softcap=float(head.softcap or 0),
+        x, weight, head.bias, low, head.lora_B, scale=float(head.scale), softcap=float(head.softcap or 0),
         vocabulary=weight.shape[0],
     )  # fmt: skip
 
 
-def _low(x: Tensor, head: Head | None, cast: torch.dtype | None) -> Tensor | None:
-    """(N, r): scaling · ĥ Aᵀ of an adapter, which stays precise under autocast."""
-    if head is None or head.lora_A is None:
-        return None
-    wide = accumulation_dtype(x, head.lora_A)
-    with nullcontext() if cast is None else torch.autocast(x.device.type, enabled=False):
-        return head.scaling * F.linear(F.dropout(x.to(wide), head.dropout_p), head.lora_A.to(wide))
+def _adapted(x: Tensor, head: Head, lora_A: Tensor) -> Tensor:
+    """(N, r): scaling · x̂ Aᵀ of an adapter, which stays precise under autocast."""
+    wide = accumulation_dtype(x, lora_A)
+    with nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
+        return head.scaling * F.linear(F.dropout(x.to(wide), head.dropout_p), lora_A.to(wide))
 
 
 def _teacher_side(x: Teacher, head: Head | None, N: int, cast: torch.dtype | None, share: float) -> Side:
@@ -367,23 +245,21 @@ def _teacher_side(x: Teacher, head: Head | None, N: int, cast: torch.dtype | Non
             x.log_probs.detach().reshape(N, x.k), indices=x.indices.reshape(N, x.k), share=share,
             spread=float(x.tail == "uniform"), vocabulary=x.vocabulary,
         )  # fmt: skip
-    head = None if head is None else head._replace(**{f: _detached(getattr(head, f)) for f in head._fields[:4]})
+    if head is not None:
+        weight, bias, lora_A, lora_B = (None if y is None else y.detach() for y in head[:4])
+        head = Head(weight, bias, lora_A, lora_B, *head[4:])  # type: ignore[arg-type]
     return _side(x.detach(), head, N, cast)._replace(share=share)
-
-
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
 
 
 def _explain(**a: Any) -> backends.Explanation:
     weights = as_weights(a["weights"])
-    head, teachers = _as_head("student_head", a["student_head"]), _as_teachers(a["teachers"], a["teacher_heads"])
+    head, teachers = as_head("student_head", a["student_head"]), as_teachers(a["teachers"], a["teacher_heads"])
     names = ("divergence", "temperature", "beta", "alpha", "mixture", "ignore_index", "reduction", "backend")
     options = tuple(a[name] for name in names)
     plan, call, needs = _prepare(
         a["student"], head, teachers, a["teacher_weights"], a["vocab_map"], a["labels"], weights, options
     )
-    dtypes = {x.dtype for x in _tensors(a["student"], head, teachers) if x is not None and x.is_floating_point()}
+    dtypes = {x.dtype for x in tensors_of(a["student"], head, teachers) if x is not None and x.is_floating_point()}
     reasons = backends.passed_over(OP, plan.backend, a["student"].device.type, dtypes)
     method = "eager" if plan.backend.backend == "reference" else "streamed"
     return backends.Explanation(OP, plan.backend.backend, method, reasons, methods.costs(call, needs))

@@ -1,7 +1,7 @@
 """A call packed into tensors and numbers, as torch.library, autograd and every implementation pass it on.
 
-`tensors` are those of the student's `Side`, then of each teacher's; `numbers` are temperature, beta and alpha, then the
-numbers of each side. Gradients, and which of them are needed, stand in the order of `tensors`; only the student has any.
+`tensors` are those of the student's `Side`, then of each teacher's; `numbers` are temperature, beta and alpha, then
+those of each side. Gradients, and which of them are needed, stand in the order of `tensors`; only the student has any.
 """
 
 from collections.abc import Sequence
@@ -53,6 +53,16 @@ class Side(NamedTuple):
     vocabulary: int = 0  # V of this side
 
     @property
+    def tensors(self) -> list[Tensor | None]:
+        """Those of them, absent ones too."""
+        return list(self[:TENSORS])  # type: ignore[arg-type]
+
+    @property
+    def numbers(self) -> list[float]:
+        """The others."""
+        return [float(x) for x in self[TENSORS:]]  # type: ignore[arg-type]
+
+    @property
     def width(self) -> int:
         """Logits that the states themselves have, or their head."""
         return self.states.shape[1] if self.weight is None else self.weight.shape[0]
@@ -82,7 +92,7 @@ class Call(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of sums, and of the loss."""
-        return accumulation_dtype(*self.student[:TENSORS], *(x for side in self.teachers for x in side[:TENSORS]))
+        return accumulation_dtype(*(x for side in (self.student, *self.teachers) for x in side.tensors))
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -95,8 +105,8 @@ def pack(sides: Sequence[Side]) -> tuple[list[Tensor | None], list[float]]:
     tensors: list[Tensor | None] = []
     numbers: list[float] = []
     for side in sides:
-        tensors += side[:TENSORS]
-        numbers += map(float, side[TENSORS:])
+        tensors += side.tensors
+        numbers += side.numbers
     return tensors, numbers
 
 
@@ -105,6 +115,7 @@ def unpack(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> list[S
     found: list[Any] = [None if x is None or (x.dim() == 1 and not x.numel()) else resolved(x) for x in tensors]
     sides = []
     for k in range(len(found) // TENSORS):
-        *rest, vocabulary = numbers[COMMON + NUMBERS * k : COMMON + NUMBERS * (k + 1)]
-        sides.append(Side(*found[TENSORS * k : TENSORS * (k + 1)], *rest, int(vocabulary)))
+        scale, softcap, share, spread, vocabulary = numbers[COMMON + NUMBERS * k : COMMON + NUMBERS * (k + 1)]
+        own = found[TENSORS * k : TENSORS * (k + 1)]
+        sides.append(Side(*own, scale, softcap, share, spread, int(vocabulary)))  # type: ignore[call-arg]
     return sides

@@ -56,7 +56,9 @@ class Kernels:
         rounds = b.dtype is torch.bfloat16 and (self.rounds or a.dtype is torch.bfloat16)
         self.module.multiply(a, b, out, accumulate, rounds, self.threads)
 
-    def absorb(self, call: Call, teacher: Side, rows: Tensor, bias: Tensor | None, mixture: Tensor, first: bool) -> None:
+    def absorb(
+        self, call: Call, teacher: Side, rows: Tensor, bias: Tensor | None, mixture: Tensor, first: bool
+    ) -> None:
         self.module.linear_distillation_absorb(
             self.options, rows, bias, _numbers(teacher), call.excluded, mixture, first, self.threads
         )

@@ -58,10 +58,7 @@ def logits(side: Side, dtype: torch.dtype) -> Tensor:
     """(N, V) of one side, over its own vocabulary."""
     x, weight, bias, low, low_head = (None if t is None else t.to(dtype) for t in side[:5])
     assert x is not None
-    if side.indices is not None:
-        y = from_top_k(x, side)
-    else:
-        y = x if weight is None else F.linear(x, weight, bias)
+    y = from_top_k(x, side) if weight is None else F.linear(x, weight, bias)
     if low is not None and low_head is not None:
         y = y + F.linear(low, low_head)
     y = side.scale * y
@@ -69,8 +66,9 @@ def logits(side: Side, dtype: torch.dtype) -> Tensor:
 
 
 def from_top_k(log_probs: Tensor, side: Side) -> Tensor:
-    """(N, V) from the log-probabilities of k tokens, and what is left for the others."""
-    assert side.indices is not None
+    """(N, V) from the log-probabilities of k tokens, and what is left for the others; logits are what they are."""
+    if side.indices is None:
+        return log_probs
     rest = tails(log_probs, side)[:, None].expand(-1, side.vocabulary)
     return rest.scatter(1, side.indices.long(), log_probs)
 

@@ -51,7 +51,7 @@ def linear_distillation(
 def _(*arguments: Any) -> list[Tensor]:
     tensors, needs = arguments[0], arguments[7]
     total = tensors[0].new_empty((), dtype=accumulation_dtype(*tensors))
-    return [total, *_gradient_room(tensors, needs)]  # type: ignore[list-item]
+    return [total, *_gradient_room(tensors, needs)]
 
 
 @operator("kdkernels::linear_distillation_points")
@@ -92,7 +92,8 @@ def _read(
     student, *teachers = unpack(tensors, numbers)
     if weights is not None:
         weights = resolved(weights)
-    return Call(student, teachers, excluded, labels, weights, divergence, mixture, *numbers[:COMMON], divisor)
+    temperature, beta, alpha = numbers[:COMMON]
+    return Call(student, teachers, excluded, labels, weights, divergence, mixture, temperature, beta, alpha, divisor)
 
 
 def _gradient_room(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -116,10 +117,12 @@ def _scale_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
 
     def again() -> losses.Gradients:
         saved = ctx.saved_tensors
-        return linear_distillation.whole(list(saved[: ctx.operands]), ctx.numbers, *saved[ctx.operands :], *ctx.options)[1:]
+        return linear_distillation.whole(
+            list(saved[: ctx.operands]), ctx.numbers, *saved[ctx.operands :], *ctx.options
+        )[1:]
 
     found = losses.scaled(ctx, grad_total, others, ctx.options[2], again, TWICE)  # type: ignore[arg-type]
-    return [*found, *[None] * (ctx.operands - TRAINED)], *(None,) * 9  # type: ignore[return-value]
+    return [*found, *[None] * (ctx.operands - TRAINED)], *(None,) * 9
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -28,7 +28,9 @@ class Kernels(Protocol):
     def multiply(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         """out = a b, or out += a b, in the dtype of out."""
 
-    def absorb(self, call: Call, teacher: Side, rows: Tensor, bias: Tensor | None, mixture: Tensor, first: bool) -> None:
+    def absorb(
+        self, call: Call, teacher: Side, rows: Tensor, bias: Tensor | None, mixture: Tensor, first: bool
+    ) -> None:
         """Add a teacher's raw logits (n, V) to the mixture (n, V), or begin it."""
 
     def diverge(
@@ -234,4 +236,3 @@ def _take(x: Any, block: Block) -> Any:
     if x is None:
         return None
     return x[block] if isinstance(block, slice) else x.index_select(0, block)
-

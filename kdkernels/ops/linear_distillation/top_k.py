@@ -61,7 +61,9 @@ class TopKTeacher:
         save = _safetensors().torch.save
         kept = {"format": FORMAT, "vocabulary": str(self.vocabulary), "tail": self.tail}
         tensors = {"log_probs": self.log_probs, "indices": self.indices}
-        content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, kept | dict(metadata or {}) | kept)
+        content = save(
+            {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, kept | dict(metadata or {}) | kept
+        )
         target = Path(path)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
@@ -89,7 +91,9 @@ class TopKTeacher:
         except (_safetensors().SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is no safetensors file, or was cut short: {error}") from error
         if kept.get("format") != FORMAT or set(tensors) != {"log_probs", "indices"}:
-            raise ValueError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, but is no file of TopKTeacher.save")
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, but is no file of TopKTeacher.save"
+            )
         try:
             return cls(tensors["log_probs"], tensors["indices"], int(kept["vocabulary"]), kept["tail"])
         except (TypeError, ValueError, KeyError) as error:
@@ -179,7 +183,9 @@ def _check(teacher: TopKTeacher) -> None:
         raise ValueError("log_probs holds NaN")
     sums = log_probs.double().exp().sum(-1)
     if (log_probs > SLACK).any() or (sums > 1 + SLACK).any():
-        raise ValueError(f"log_probs are of probabilities that add up to {sums.max().item():.4g}, but must not exceed 1")
+        raise ValueError(
+            f"log_probs are of probabilities that add up to {sums.max().item():.4g}, but must not exceed 1"
+        )
     if (sums == 0).any():
         raise ValueError("log_probs has a point without a token of any probability")
     if indices.min() < 0 or indices.max() >= V:

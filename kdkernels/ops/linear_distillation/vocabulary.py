@@ -72,7 +72,9 @@ def _check(columns: Any, V: int, V_k: int, name: str, device: torch.device) -> N
     if columns.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{what} has dtype {columns.dtype}, but must be int32 or int64")
     if tuple(columns.shape) != (V,):
-        raise ValueError(f"{what} has shape {show(columns.shape)}, but must be ({V}), one for each token of the student")
+        raise ValueError(
+            f"{what} has shape {show(columns.shape)}, but must be ({V}), one for each token of the student"
+        )
     if columns.device != device:
         raise ValueError(f"{what} is on {columns.device}, but student is on {device}: one device, please")
     if torch.compiler.is_compiling() or device.type == "meta":
