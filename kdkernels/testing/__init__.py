@@ -11,6 +11,7 @@ from typing import Any
 
 SUITES = {
     "projection_alignment_loss": "kdkernels.testing.projection_alignment",
+    "linear_distillation_loss": "kdkernels.testing.linear_distillation",
     "lora_linear": "kdkernels.testing.lora_linear",
     "svd": "kdkernels.testing.svd",
     "svdvals": "kdkernels.testing.svd",

@@ -33,6 +33,10 @@ from kdkernels.plans import Plans, undisturbed
 OP = "linear_distillation_loss"
 PLANS = Plans()
 REDUCTIONS = ("mean", "sum", "none")
+OPTIONS: dict[str, Any] = {  # in the order in which a plan reads them, and their defaults
+    "divergence": "forward_kl", "temperature": 1.0, "beta": 0.5, "alpha": 1.0, "mixture": "arithmetic",
+    "ignore_index": -100, "reduction": "mean", "backend": "auto",
+}  # fmt: skip
 
 
 def linear_distillation_loss(
@@ -105,7 +109,7 @@ def linear_distillation_loss(
     weights = as_weights(weights)
     heads, listed = as_head("student_head", student_head), as_teachers(teachers, teacher_heads)
     options = (divergence, temperature, beta, alpha, mixture, ignore_index, reduction, backend)
-    plan, call, needs = _prepare(student, heads, listed, teacher_weights, vocab_map, labels, weights, options)
+    plan, call, needs = prepare(student, heads, listed, teacher_weights, vocab_map, labels, weights, options)
     if plan.backend.backend == "reference":
         if undisturbed():
             stream.check_labels(call.labels, call.weights, call.student.width)
@@ -133,7 +137,7 @@ class _Plan(NamedTuple):
     late: bool  # the mean is taken of the total: float16 gradients would lose small numbers before a scaler saw them
 
 
-def _prepare(
+def prepare(
     student: Tensor, head: Head | None, teachers: Sequence[tuple[Teacher, Head | None]], teacher_weights: Any,
     vocab_map: Any, labels: Tensor | None, weights: Tensor | None, options: tuple[Any, ...],
 ) -> tuple[_Plan, Call, list[bool]]:  # fmt: skip
@@ -254,9 +258,8 @@ def _teacher_side(x: Teacher, head: Head | None, N: int, cast: torch.dtype | Non
 def _explain(**a: Any) -> backends.Explanation:
     weights = as_weights(a["weights"])
     head, teachers = as_head("student_head", a["student_head"]), as_teachers(a["teachers"], a["teacher_heads"])
-    names = ("divergence", "temperature", "beta", "alpha", "mixture", "ignore_index", "reduction", "backend")
-    options = tuple(a[name] for name in names)
-    plan, call, needs = _prepare(
+    options = tuple(a[name] for name in OPTIONS)
+    plan, call, needs = prepare(
         a["student"], head, teachers, a["teacher_weights"], a["vocab_map"], a["labels"], weights, options
     )
     dtypes = {x.dtype for x in tensors_of(a["student"], head, teachers) if x is not None and x.is_floating_point()}

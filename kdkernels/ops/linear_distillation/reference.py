@@ -35,18 +35,23 @@ def weighted_losses(call: Call) -> Tensor:
         if call.weights is None:
             return losses(call) / call.divisor
         counts = call.weights != 0
-        found = losses(call._replace(student=_counted(call.student, counts), labels=_counted_labels(call, counts)))
+        labels = None if call.labels is None else torch.where(counts, call.labels, 0)
+        sides = [_counted(side, counts) for side in (call.student, *call.teachers)]
+        found = losses(call._replace(student=sides[0], teachers=sides[1:], labels=labels))
         return torch.where(counts, found * call.weights.to(call.dtype), 0) / call.divisor
 
 
-def losses(call: Call) -> Tensor:
-    """(N,): the loss of each point."""
-    T, dtype = call.temperature, call.dtype
+def losses(call: Call, dtype: torch.dtype | None = None) -> Tensor:
+    """(N,): the loss of each point, with every step in `dtype`, the accumulation dtype if it is None.
+
+    In the dtype of the inputs it is what a user would write: the baseline of benchmarks and error budgets.
+    """
+    T, dtype = call.temperature, dtype or call.dtype
     y = logits(call.student, dtype)  # (N, V)
     loss = torch.zeros_like(y[:, 0])
     if call.alpha != 0:
         log_q = _shared(y / T, call.excluded).log_softmax(-1)
-        log_p = log_target(call, y.shape[1])
+        log_p = log_target(call, y.shape[1], dtype)
         loss = loss + call.alpha * T**2 * divergence(log_p, log_q, call.divergence, call.beta)
     if call.alpha != 1:
         assert call.labels is not None
@@ -82,10 +87,10 @@ def tails(log_probs: Tensor, side: Side) -> Tensor:
     return (left.log() - torch.tensor(others, dtype=torch.float64).log()).to(log_probs.dtype)
 
 
-def log_target(call: Call, V: int) -> Tensor:
+def log_target(call: Call, V: int, dtype: torch.dtype) -> Tensor:
     """(N, V): log p of the mixture of teachers over the student's vocabulary."""
     tempered = [
-        _shared(in_students_order(logits(side, call.dtype), side, V) / call.temperature, call.excluded)
+        _shared(in_students_order(logits(side, dtype), side, V) / call.temperature, call.excluded)
         for side in call.teachers
     ]
     shares = [side.share for side in call.teachers]
@@ -132,39 +137,3 @@ def _shared(z: Tensor, excluded: Tensor | None) -> Tensor:
 def _counted(side: Side, counts: Tensor) -> Side:
     low = None if side.low is None else torch.where(counts[:, None], side.low, 0)
     return side._replace(states=torch.where(counts[:, None], side.states, 0), low=low)
-
-
-def _counted_labels(call: Call, counts: Tensor) -> Tensor | None:
-    return None if call.labels is None else torch.where(counts, call.labels, 0)
-
-
-def eager_losses(call: Call) -> Tensor:
-    """What a user would write: every step in the dtype of its inputs. The baseline of benchmarks and error budgets."""
-    T = call.temperature
-
-    def own_logits(side: Side) -> Tensor:
-        return logits(side, torch.promote_types(side.states.dtype, torch.bfloat16))
-
-    y = own_logits(call.student)
-    log_q = _shared(y / T, call.excluded).log_softmax(-1)
-    tempered = [
-        _shared(in_students_order(own_logits(side), side, y.shape[1]) / T, call.excluded) for side in call.teachers
-    ]
-    if call.mixture == "geometric":
-        p = sum(side.share * z for side, z in zip(call.teachers, tempered, strict=True)).log_softmax(-1)  # type: ignore
-    elif len(tempered) == 1:
-        p = tempered[0].log_softmax(-1)
-    else:
-        p = sum(side.share * z.softmax(-1) for side, z in zip(call.teachers, tempered, strict=True)).log()  # type: ignore
-    if call.divergence == "forward_kl":
-        found = F.kl_div(log_q, p, reduction="none", log_target=True).sum(-1)
-    elif call.divergence == "reverse_kl":
-        found = F.kl_div(p, log_q, reduction="none", log_target=True).sum(-1)
-    elif call.divergence == "tvd":
-        found = 0.5 * (p.exp() - log_q.exp()).abs().sum(-1)
-    else:
-        m = torch.log(call.beta * p.exp() + (1 - call.beta) * log_q.exp())
-        found = call.beta * F.kl_div(m, p, reduction="none", log_target=True).sum(-1)
-        found = found + (1 - call.beta) * F.kl_div(m, log_q, reduction="none", log_target=True).sum(-1)
-    loss = call.alpha * T**2 * found
-    return loss if call.labels is None else loss + (1 - call.alpha) * F.cross_entropy(y, call.labels, reduction="none")

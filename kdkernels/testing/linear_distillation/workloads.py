@@ -1,0 +1,2 @@
+def workloads(quick=False, device="cpu"):
+    return []
