@@ -13,6 +13,7 @@ Soft targets with T² are Hinton et al. 2015 (arXiv 1503.02531), the generalised
 """
 
 from contextlib import nullcontext
+from math import log, log1p
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def tails(log_probs: Tensor, side: Side) -> Tensor:
     if not side.spread or others < 1:
         return torch.full_like(log_probs[:, 0], NONE)
     left = (1 - log_probs.double().exp().sum(1)).clamp(min=0)
-    return (left.log() - torch.tensor(others, dtype=torch.float64).log()).to(log_probs.dtype)
+    return (left.log() - log(others)).to(log_probs.dtype)
 
 
 def log_target(call: Call, V: int, dtype: torch.dtype) -> Tensor:
@@ -98,8 +99,8 @@ def log_target(call: Call, V: int, dtype: torch.dtype) -> Tensor:
         return torch.stack([share * z for share, z in zip(shares, tempered, strict=True)]).sum(0).log_softmax(-1)
     if len(tempered) == 1:
         return tempered[0].log_softmax(-1)
-    logs = torch.tensor(shares, dtype=torch.float64).log().tolist()
-    return torch.stack([z.log_softmax(-1) + log for z, log in zip(tempered, logs, strict=True)]).logsumexp(0)
+    parts = [z.log_softmax(-1) + log(share) for z, share in zip(tempered, shares, strict=True)]
+    return torch.stack(parts).logsumexp(0)
 
 
 def in_students_order(y: Tensor, teacher: Side, V: int) -> Tensor:
@@ -119,8 +120,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
         return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
     possible = (log_p != NONE) | (log_q != NONE)
     own = [torch.where(possible, x, 0) for x in (log_p, log_q)]
-    log_beta, log_rest = torch.tensor([beta, 1 - beta], dtype=torch.float64).log().tolist()
-    log_m = torch.where(possible, torch.logaddexp(own[0] + log_beta, own[1] + log_rest), NONE)
+    log_m = torch.where(possible, torch.logaddexp(own[0] + log(beta), own[1] + log1p(-beta)), NONE)
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 

@@ -78,7 +78,7 @@ def cases(backend: str, method: str, device: str, dtype: torch.dtype, divergence
 
 
 def applies(divergence: str, dtype: torch.dtype, arguments: dict[str, Any]) -> bool:
-    """Whether the exact loss is finite, as KL(q ‖ p) is not where p is 0 and q is not, and the dtype holds the inputs."""
+    """Whether the exact loss is finite (KL(q ‖ p) is not where p is 0 and q is not), and the dtype holds the inputs."""
     if dtype is torch.float16 and arguments.get("regime") == "huge":
         return False
     certain = arguments.get("regime") in ("impossible", "one hot") or "top k" in arguments.get("given", "each")

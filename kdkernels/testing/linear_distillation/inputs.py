@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.ops.linear_distillation import Head, TopKTeacher, linear_distillation_loss, topk_teacher
-from kdkernels.ops.linear_distillation import schema
+from kdkernels.ops.linear_distillation import Head, TopKTeacher, linear_distillation_loss, schema, topk_teacher
 from kdkernels.ops.linear_distillation.api import OPTIONS, prepare
 from kdkernels.ops.linear_distillation.arguments import as_head, as_teachers
 from kdkernels.ops.linear_distillation.call import Call, pack
@@ -48,7 +47,7 @@ class Inputs:
         def moved(x: Any) -> Any:
             return x.detach().to(device=device, dtype=dtype if x.is_floating_point() else None) if _tensor(x) else x
 
-        def teacher(x: Tensor | TopKTeacher) -> Any:
+        def teacher(x: Any) -> Any:
             return moved(x) if _tensor(x) else replace(x, log_probs=moved(x.log_probs), indices=moved(x.indices))
 
         maps = self.vocab_map
@@ -110,7 +109,8 @@ def make_inputs(
     teachers: list[Any] = []
     heads: list[Head | None] = []
     for k, V_k in enumerate(sizes):
-        x, W = normal(N, d_t + k), 2 * normal(V_k, d_t + k) / (d_t + k) ** 0.5
+        x: Any = normal(N, d_t + k)
+        W = 2 * normal(V_k, d_t + k) / (d_t + k) ** 0.5
         head: Head | None = Head(W, None if plain else normal(V_k), scale=1.2 if k == 1 and not plain else 1.0)
         if not plain and k == 2:
             head = head._replace(softcap=4.0, lora_A=normal(2, d_t + k), lora_B=normal(V_k, 2), scaling=0.2)  # type: ignore[union-attr]
@@ -198,7 +198,7 @@ def head_of(trained: Trained, inputs: Inputs) -> Head | None:
     if "student_head" not in trained:
         return None
     rest = [trained.get(name) for name in TRAINED[2:]]
-    return Head(trained["student_head"], *rest, inputs.scaling, 0.0, inputs.scale, inputs.softcap)
+    return Head(trained["student_head"], *rest, inputs.scaling, 0.0, inputs.scale, inputs.softcap)  # type: ignore
 
 
 def keywords(inputs: Inputs) -> dict[str, Any]:
@@ -237,8 +237,9 @@ def call_of(inputs: Inputs, trained: Trained, backend: str = "reference") -> tup
     """What an implementation gets to see."""
     given = {"teacher_weights": None} | keywords(inputs)
     options = OPTIONS | {name: given[name] for name in OPTIONS if name in given} | {"backend": backend}
+    head = as_head("student_head", head_of(trained, inputs))
     _, call, needs = prepare(
-        trained["student"], as_head("student_head", head_of(trained, inputs)), as_teachers(inputs.teachers, inputs.heads),
+        trained["student"], head, as_teachers(inputs.teachers, inputs.heads),
         given["teacher_weights"], inputs.vocab_map, inputs.labels, inputs.weights, tuple(options.values()),
     )  # fmt: skip
     return call, needs
