@@ -11,6 +11,7 @@ dtypes.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
@@ -150,6 +151,11 @@ def autocast_dtype(x: Any) -> torch.dtype | None:
         return None
     device = x.device.type
     return None if device == "meta" or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """On the CPU, for kernels: dtypes were settled before, and a backward may run under another autocast."""
+    return torch.autocast("cpu", enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 def show(shape: tuple[Any, ...]) -> str:

@@ -25,6 +25,8 @@ TRITON = "kdkernels/ops/projection_alignment/kernels.py"
 ALIGNMENT = "csrc/cpu/projection_alignment.cpp"
 ROWS = "csrc/cpu/alignment_rows.h"
 CHOLESKY = "csrc/cpu/cholesky.h"
+DISTILLATION = "csrc/cpu/linear_distillation.cpp"
+VECTOR_MATH = "csrc/cpu/vector_math.h"
 LORA = "csrc/cpu/lora_linear.cpp"
 LOW_RANK = "csrc/cpu/low_rank.h"
 DROPOUT = "csrc/cpu/dropout.h"
@@ -38,6 +40,7 @@ SVD = "csrc/cpu/svd.cpp"
 HANKEL = "csrc/cpu/hankel.cpp"
 
 OPS = dict.fromkeys((TRITON, ALIGNMENT, ROWS, CHOLESKY), ("projection_alignment_loss",))
+OPS |= dict.fromkeys((DISTILLATION, VECTOR_MATH), ("linear_distillation_loss",))
 OPS |= dict.fromkeys((LORA, LOW_RANK, DROPOUT, LORA_TRITON), ("lora_linear",))
 OPS |= dict.fromkeys((HOUSEHOLDER, JACOBI, SPECTRUM, SVD), ("svd", "svdvals"))
 OPS |= dict.fromkeys((LANES, GENERATOR, HANKEL), ("gramian_factors", "hankel_singular_values"))
@@ -75,6 +78,17 @@ NATIVE_KERNELS = [
     Mutation("RowReader", ROWS, "points_.row(begin + i) * view_.row_stride", "(begin + i) * view_.row_stride"),
     Mutation("gemm", "csrc/cpu/gemm.h", "return band.kind == Band::lower ? k0 <= max<int64_t>(j - band.offset, 0) : k0 == 0;", "return true;"),
     Mutation("cholesky", CHOLESKY, "row[j] -= factor * above[j];", "row[j] += factor * above[j];"),
+    Mutation("exp_negative", VECTOR_MATH, "0.4999999203230322f", "0.5004f"),
+    Mutation("log_one_plus", VECTOR_MATH, "return 2.0f * s *", "return 2.001f * s *"),
+    Mutation("tanh", VECTOR_MATH, "size < 0.6f ? near : x < 0.0f ? -far : far", "size < 0.6f ? near : far"),
+    Mutation("log_add", VECTOR_MATH, "log_one_plus(exp_negative(low - high))", "exp_negative(low - high)"),
+    Mutation("read_logits", DISTILLATION, "if (scale != 1) v *= scale;", ""),
+    Mutation("largest", DISTILLATION, "most = most < v ? v : most;", "most = v;"),
+    Mutation("Part", DISTILLATION, "return x.at(j) * share + offset;", "return x.at(j) + offset;"),
+    Mutation("absorb", DISTILLATION, "write(to + j, count, first ? x : mixed", "write(to + j, count, true ? x : mixed"),
+    Mutation("element", DISTILLATION, "const Vector<T> w = q == zero ? zero : q * (log_q - log_p);", "const Vector<T> w = q == zero ? zero : q * (log_p - log_q);"),
+    Mutation("diverge_row", DISTILLATION, "g *= (1 - u) * (1 + u);", "g *= 1 - u;"),
+    Mutation("diverge", DISTILLATION, "for (int64_t i = 0; i < x.rows; ++i)\n      sum +=", "for (int64_t i = 1; i < x.rows; ++i)\n      sum +="),
     Mutation("project", LOW_RANK, "out[(i + q) * r + s * cols + c] = scale * sums[q * cols + c];", "out[(i + q) * r + s * cols + c] = sums[q * cols + c];"),
     Mutation("OuterSum", LOW_RANK, "started_ || i > begin);", "started_ || i >= begin);"),
     Mutation("Dropout", DROPOUT, "words[j] >= limit ? scale * load<T>(from + j) : T{};", "words[j] >= limit ? load<T>(from + j) : T{};"),

@@ -78,6 +78,13 @@ def cases() -> Iterator[Case]:
 
     yield alignment("both projected", s, t, W_s, W_t)
     yield alignment("one-sided", s, t, W_s)
+    yield Case(
+        "linear_distillation_loss", "forward KL, one teacher",
+        lambda: kd.linear_distillation_loss(s, W_s, t, W),
+        lambda: F.kl_div(F.linear(s, W_s).log_softmax(-1), F.linear(t, W).log_softmax(-1), reduction="batchmean",
+                         log_target=True),
+        (s, W_s),
+    )  # fmt: skip
     yield layer(0.0)
     yield layer(0.1)
     group = [kd.LoRA(W, one(1, 1), one(1, 1), None, 1.0, 0.1) for _ in range(3)]

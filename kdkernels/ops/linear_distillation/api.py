@@ -173,7 +173,7 @@ def prepare(
         weights = weights / nonzero(weights.sum())
     call = Call(
         own, served, excluded, labels, weights, divergence, mixture, float(temperature), float(beta), float(alpha),
-        divisor,
+        divisor, plan.dtype,
     )  # fmt: skip
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in own.tensors[:TRAINED]]

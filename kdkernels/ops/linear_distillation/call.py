@@ -87,12 +87,8 @@ class Call(NamedTuple):
     temperature: float
     beta: float
     alpha: float
-    divisor: int = 1  # of every weight
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of sums, and of the loss."""
-        return accumulation_dtype(*(x for side in (self.student, *self.teachers) for x in side.tensors))
+    divisor: int  # of every weight
+    dtype: torch.dtype  # of sums, and of the loss
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _native, products
+from kdkernels.contract import without_autocast
 from kdkernels.gemm import vendor_multiplies
 from kdkernels.ops.linear_distillation import stream
 from kdkernels.ops.linear_distillation.call import Call, Side
@@ -31,7 +32,7 @@ def losses(call: Call, losses: Tensor) -> None:
 
 def _run(call: Call, losses: Tensor, grads: Sequence[Tensor | None], total: Tensor | None) -> None:
     stream.check_labels(call.labels, call.weights, call.student.width)
-    with torch.autocast("cpu", enabled=False):  # dtypes were settled before
+    with without_autocast():
         stream.run(call, Kernels(call, total), losses, grads)
 
 

@@ -93,7 +93,10 @@ def _read(
     if weights is not None:
         weights = resolved(weights)
     temperature, beta, alpha = numbers[:COMMON]
-    return Call(student, teachers, excluded, labels, weights, divergence, mixture, temperature, beta, alpha, divisor)
+    return Call(
+        student, teachers, excluded, labels, weights, divergence, mixture, temperature, beta, alpha, divisor,
+        accumulation_dtype(*tensors),
+    )  # fmt: skip
 
 
 def _gradient_room(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:

@@ -4,13 +4,13 @@ The kernels are in csrc/cpu/lora_linear.cpp, their formulas in csrc/include/kdke
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels import _native
+from kdkernels.contract import without_autocast
 from kdkernels.gemm import vendor_multiplies
 from kdkernels.ops.lora_linear import vendor
 from kdkernels.ops.lora_linear.call import NUMBERS, LoRA, gradient_room, readable, unpack
@@ -55,11 +55,6 @@ def backward(
     return _native.module().lora_linear_backward(
         tensors, numbers, _words(states), projected, grad_outputs, rooms, by_vendor, torch.get_num_threads()
     )
-
-
-def without_autocast() -> AbstractContextManager[Any]:
-    """Dtypes were settled before; a backward may run under another autocast than its forward did."""
-    return torch.autocast("cpu", enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 def _as_layers(tensors: Maybe, numbers: Sequence[float]) -> tuple[Tensor, list[LoRA]]:
