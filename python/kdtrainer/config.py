@@ -27,7 +27,11 @@ class Config:
     backend: str = "auto"  # once a run has started: the one that `auto` became
     threads: int = 1
     embedding_width: int = 64
-    alignment_weight: float = 10.0
+    alignment_weight: float = 10.0  # 0: nothing is aligned
+    soft_targets: float = 0.0  # their weight; 0: none
+    temperature: float = 2.0  # of the soft targets, like the two below
+    divergence: str = "forward_kl"
+    mixture: str = "arithmetic"  # of the teachers' distributions
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "teachers": list(self.teachers)}

@@ -40,6 +40,8 @@ def run(config: Config, options: Options) -> bool:
         raise RunError(f"--compare has nothing to compare: only the reference serves here\n{explanation('auto')}")
     if config.lora_rank and config.method == "gram":
         raise RunError("--method gram needs projections, and --lora-rank aligns logits without: must be auto or direct")
+    if not config.alignment_weight and not config.soft_targets:
+        raise RunError("--alignment-weight and --soft-targets are both 0, so nothing is distilled: one must be above 0")
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     digits = data.load(config.labels, config.seed_of("labels"))
