@@ -266,6 +266,14 @@ def test_compare_is_within_budget_unless_they_are_wrong(tmp_path, monkeypatch, c
 # The command line
 
 
+@needs_accelerated
+def test_compare_refuses_the_divergence_whose_gradient_jumps(tmp_path, capsys):
+    assert run_here(*QUICK, *ALONE, "--divergence", "tvd", "--compare", "--out", tmp_path) == cli.REFUSED
+    errors = capsys.readouterr().err
+    assert "--compare cannot judge --divergence tvd" in errors and len(errors.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_to_distil_is_refused(tmp_path, capsys):
     assert run_here(*SHORT, "--alignment-weight", "0", "--out", tmp_path) == cli.REFUSED
     errors = capsys.readouterr().err
