@@ -110,7 +110,7 @@ def train(way: Way, batch: whisper.Batch) -> tuple[dict[str, float], dict[str, f
 
     Each loss is differentiated down to the student's states at once, and the sum from there on: the same gradients as
     those of one `backward`, and each part's time can be told. The heads belong to the soft targets: one way makes
-    their logits, the other never has them.
+    their logits, the other never has them all.
     """
     pair, adapted, watch = way.pair, way.pair.adapted(), Stopwatch()
     with torch.no_grad():
