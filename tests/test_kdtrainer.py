@@ -1,79 +1,42 @@
-"""kdtrainer: its data, checkpoints, resumption and comparison. Runs are short: what is learned is not tested here."""
+"""kdtrainer: its data, checkpoints, resumption and comparison. Runs are short: what is learned is not tested here.
+
+Soft targets are in test_kdtrainer_soft_targets.py.
+"""
 
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from trainer import (
+    QUICK,
+    SHORT,
+    SHORT_STEPS,
+    assert_same_bits,
+    final_state,
+    finish,
+    lines_of,
+    needs_accelerated,
+    one_thread,  # noqa: F401 a fixture
+    run_here,
+    start,
+)
 
-import kdkernels as kd
 from kdkernels.nn import lora_linear, projection_alignment
 from kdtrainer import checkpoint, cli, data, metrics, models
 from kdtrainer.compare import deviation
 from kdtrainer.config import TEACHERS, Config
-from kdtrainer.distill import distillation_task, standardised_states
+from kdtrainer.distill import distillation_task, standardised, states_of
 from kdtrainer.errors import RunError
 
-QUICK = ("--teachers", "mlp,cnn", "--teacher-steps", "6", "--steps", "40", "--checkpoint-every", "4")
-SHORT = (*QUICK, "--backend", "reference")
-SHORT_STEPS = 2 * 6 + 3 * 40
 LORA = ("--lora-rank", "4")
 TASKS = ("mlp", "cnn", "student", "student-all-labels", "distilled")
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """In-process runs set these; other test files should not notice."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-
-
-def start(*arguments):
-    root = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "kdtrainer", "digits", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
-
-
-def run_here(*arguments):
-    return cli.main(["digits", *map(str, arguments)])
-
-
-def lines_of(out):
-    path = out / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def final_state(out):
-    """Everything that must be the same bits: all tensors of all checkpoints, and the metrics."""
-    checkpoints = {p.stem: checkpoint.read(p) for p in (out / "checkpoints").glob("*.safetensors")}
-    return checkpoints, (out / "metrics.jsonl").read_bytes()
-
-
-def assert_same_bits(ours, theirs):
-    assert ours[0].keys() == theirs[0].keys()
-    for task, tensors in theirs[0].items():
-        assert ours[0][task].keys() == tensors.keys()
-        for name, value in tensors.items():
-            assert torch.equal(ours[0][task][name], value), f"{task}: {name}"
-    assert ours[1] == theirs[1], "metrics.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +100,7 @@ def test_teachers_are_of_different_architectures_and_larger_than_the_student():
 
 
 def test_standardised_states():
-    for state in standardised_states(models.RowTransformer(), torch.rand(50, 64)):
+    for state in standardised(states_of(models.RowTransformer(), torch.rand(50, 64))):
         assert state.mean(0).abs().max() < 1e-5
         torch.testing.assert_close(state.square().mean(), torch.tensor(1.0))
 
@@ -457,12 +420,6 @@ def test_lora_has_no_projections_for_the_gram_method(tmp_path, capsys):
 # --compare
 
 
-def has_accelerated_backend():
-    point = torch.empty(1, 2)
-    return kd.explain(kd.projection_alignment_loss, point, point).backend != "reference"
-
-
-needs_accelerated = pytest.mark.skipif(not has_accelerated_backend(), reason="only the reference serves here")
 COMPARED = (*QUICK, "--compare")
 
 

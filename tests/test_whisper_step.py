@@ -47,11 +47,13 @@ def test_both_ways_train_the_same_and_everything_is_told(toy, tmp_path, capsys):
     text = joined(capsys.readouterr().out)
     for told in (*PHASES, "step", step.EAGER, step.OURS, "D = 32, 1 threads", "within the budget of 0.0001"):
         assert told in text
+    assert "The products of both heads are part of the soft targets, not of the forward passes" in text
     assert "Medians of 2 steps" in text and "left to PEFT" not in text
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["compare"]["within_budget"] and 0 <= found["compare"]["loss"] <= 1e-4
     assert found["left_to_peft"] == [] and found["shape"]["width"] == 16
     for way in (step.EAGER, step.OURS):
+        assert found["checked_losses"][way] == [sum(parts.values()) for parts in found["checked_parts"][way]]
         assert len(found["checked_losses"][way]) == step.CHECKED_STEPS and len(found["losses"][way]) == 2
         assert found["median_seconds"][way].keys() == {"step", *PHASES}
         assert all(seconds > 0 for seconds in found["median_seconds"][way].values())
@@ -81,13 +83,18 @@ def per_mille_off_loss(monkeypatch):
     monkeypatch.setattr(projection_alignment, "projection_alignment_loss", wrong)
 
 
+def per_mille_off_soft_targets(monkeypatch):
+    right = kd.linear_distillation_loss
+    monkeypatch.setattr(kd, "linear_distillation_loss", lambda *a, **options: 1.001 * right(*a, **options))
+
+
 def per_cent_off_adapters(monkeypatch):
     right = integration.lora_linear
     monkeypatch.setattr(integration, "lora_linear", lambda *a, scaling, **o: right(*a, scaling=1.01 * scaling, **o))
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("mistake", [per_mille_off_loss, per_cent_off_adapters])
+@pytest.mark.parametrize("mistake", [per_mille_off_loss, per_mille_off_soft_targets, per_cent_off_adapters])
 def test_a_wrong_kernel_is_over_the_budget(mistake, toy, tmp_path, monkeypatch, capsys):
     mistake(monkeypatch)
     assert run_here(*SMALL, "--out", tmp_path) == cli.OVER_BUDGET
@@ -102,6 +109,8 @@ def test_each_way_is_what_it_says():
     layers = [[m for m in pair.student.modules() if isinstance(m, integration.Linear)] for pair in (eager, ours)]
     assert not left and len(layers[0]) == len(layers[1]) == 16  # six of the encoder's layer, ten of the decoder's
     assert {type(m) for m in layers[0]} == {integration.Linear} and {type(m) for m in layers[1]} == {AcceleratedLinear}
+    targets = [ways[name].soft_targets for name in (step.EAGER, step.OURS)]
+    assert targets == [step.soft_targets_of_logits, step.soft_targets_of_states]
     assert (eager.aligner.backend, ours.aligner.backend) == ("reference", "auto")
     theirs = eager.trained()
     assert ours.trained().keys() == theirs.keys()
@@ -122,30 +131,57 @@ def test_the_student_is_the_teachers_first_layers():
     assert {len(pair.student.get_base_model().get_encoder().layers), len(pair.teacher.get_encoder().layers)} == {1, 2}
 
 
-def test_a_step_has_the_gradients_of_one_backward(monkeypatch):
+def test_states_are_those_of_the_whole_models_and_no_logits_are_made():
+    """The student's through PEFT, too; the head is the embedding."""
+    pair, batch = whisper.build(TOY, 32, seed=0), whisper.batch(TOY, 2, seed=0)
+    pair.set_dropout(0.0)
+    inputs = {"input_features": batch.features, "decoder_input_ids": batch.tokens}
+    for whole, model in ((pair.teacher, pair.teacher), (pair.student, pair.adapted())):
+        wanted = whole(**inputs)
+        hook = model.proj_out.register_forward_hook(lambda *_: pytest.fail("logits were made"))
+        states = whisper.states(model, batch)
+        hook.remove()
+        assert states.encoder.equal(wanted.encoder_last_hidden_state)
+        torch.testing.assert_close(states.decoder @ whisper.head(model).T, wanted.logits)
+        assert model.proj_out.bias is None and whisper.head(model) is model.get_input_embeddings().weight
+        assert not whisper.head(model).requires_grad
+
+
+@pytest.mark.parametrize("soft_targets", [step.soft_targets_of_logits, step.soft_targets_of_states])
+def test_a_step_has_the_gradients_of_one_backward(monkeypatch, soft_targets):
     pair, batch = whisper.build(TOY, 32, seed=0), whisper.batch(TOY, 2, seed=0)
     pair.set_dropout(0.0)
     trained = pair.trained()
     inputs = {"input_features": batch.features, "decoder_input_ids": batch.tokens}
     teacher, student = pair.teacher(**inputs), pair.student(**inputs)
     alignment = pair.aligner([student.encoder_last_hidden_state], [teacher.encoder_last_hidden_state])
-    loss = alignment + step.soft_targets(student.logits, teacher.logits)
-    wanted = torch.autograd.grad(loss, list(trained.values()))
+    targets = divergence(student.logits, teacher.logits)
+    wanted = torch.autograd.grad(alignment + targets, list(trained.values()))
     optimizer = torch.optim.SGD(trained.values(), lr=1.0)
     monkeypatch.setattr(optimizer, "step", lambda: None)
     monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
-    found, seconds = step.train(step.Way(pair, optimizer), batch)
-    assert found == pytest.approx(loss.item()) and tuple(seconds) == PHASES
+    found, seconds = step.train(step.Way(pair, optimizer, soft_targets), batch)
+    assert found == pytest.approx({"alignment": alignment.item(), "soft targets": targets.item()}, rel=1e-5)
+    assert tuple(seconds) == PHASES
     for parameter, grad in zip(trained.values(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
         assert grad.any()
 
 
-def test_soft_targets_are_the_divergence_at_a_temperature():
-    student, teacher = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+def divergence(student, teacher):
+    """T² KL(teacher ‖ student) of logits, the mean over tokens."""
     p, q = ((x / step.TEMPERATURE).softmax(-1) for x in (teacher, student))
-    wanted = step.TEMPERATURE**2 * (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(step.soft_targets(student, teacher), wanted)
+    return step.TEMPERATURE**2 * (p * (p / q).log()).sum(-1).mean()
+
+
+@pytest.mark.parametrize("soft_targets", [step.soft_targets_of_logits, step.soft_targets_of_states])
+def test_soft_targets_are_the_divergence_at_a_temperature(soft_targets):
+    student, teacher = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 4)
+    student_head, teacher_head = torch.randn(7, 5), torch.randn(7, 4)
+    found = soft_targets(student, student_head, teacher, teacher_head)
+    wanted = divergence(student @ student_head.T, teacher @ teacher_head.T)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (found, wanted)))
 
 
 def test_nothing_to_compare_is_refused(toy, tmp_path, capsys):

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ NEEDED = {  # the extra that has them, and module: package
     "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
 }
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 DONE, OVER_BUDGET, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -56,6 +58,11 @@ def digits(chosen: argparse.Namespace) -> int:
         metric=chosen.metric,
         method=chosen.method,
         lora_rank=chosen.lora_rank,
+        alignment_weight=chosen.alignment_weight,
+        soft_targets=chosen.soft_targets,
+        temperature=chosen.temperature,
+        divergence=chosen.divergence,
+        mixture=chosen.mixture,
         backend=chosen.backend,
         threads=chosen.threads,
     )
@@ -87,11 +94,12 @@ def add_digits(experiments: Any) -> None:
         "digits",
         help="teachers of several architectures into one small student, on handwritten digits",
         description="Train teachers on all labels of scikit-learn's digits, then a small student that sees few labels, "
-        "without distillation and with: layer-wise projection alignment to all teachers beside cross-entropy. With "
-        "--lora-rank, the student trained without distillation is frozen, and low-rank adapters distil into it.",
+        "without distillation and with: layer-wise projection alignment to all teachers, their soft targets "
+        "(--soft-targets) or both, beside cross-entropy. With --lora-rank, the student trained without distillation is "
+        "frozen, and low-rank adapters distil into it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    d = Config()
+    d, weight = Config(), number(float, 0.0)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/digits"), metavar="DIR", help="a fresh run replaces one that is there")
     add("--resume", action="store_true", help="go on from the checkpoints in DIR, to the same bits")
@@ -101,9 +109,14 @@ def add_digits(experiments: Any) -> None:
     add("--steps", type=number(int, 1), default=d.steps, help="of each student")
     add("--teacher-steps", type=number(int, 1), default=d.teacher_steps, metavar="STEPS", help="of each teacher")
     add("--lora-rank", type=number(int, 0), default=d.lora_rank, metavar="R", help="LoRA alone distils; 0: all weights")
+    add("--alignment-weight", type=weight, default=d.alignment_weight, metavar="WEIGHT", help="0: nothing is aligned")
     add("--metric", choices=("cosine", "mse", "angular"), default=d.metric, help="of the alignment loss")
     add("--method", choices=("auto", "direct", "gram"), default=d.method, help="of the alignment loss")
-    add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the loss and of LoRA")
+    add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="of the ensemble; 0: none")
+    add("--temperature", type=number(float, 0.0, above=True), default=d.temperature, help="of the soft targets")
+    add("--divergence", choices=DIVERGENCES, default=d.divergence, help="from the ensemble's soft targets")
+    add("--mixture", choices=("arithmetic", "geometric"), default=d.mixture, help="of the teachers' distributions")
+    add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the losses and of LoRA")
     add("--compare", action="store_true", help="distil again by the reference backend; exit 1 if the two runs differ")
     add("--budget", type=number(float, 0.0), default=BUDGET, help="relative deviation that --compare allows")
     add("--threads", type=number(int, 1), default=d.threads, help="of torch; the models are small")
@@ -132,14 +145,19 @@ def add_whisper_step(experiments: Any) -> None:
     add("--budget", type=number(float, 0.0), default=d.budget, help="relative deviation of the steps without dropout")
 
 
-def number(kind: Callable[[str], float], least: float) -> Callable[[str], float]:
+def number(kind: Callable[[str], float], least: float, above: bool = False) -> Callable[[str], float]:
+    """Parses a finite number of at least `least`, or above it."""
+
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no number of the kind {kind.__name__}") from None
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"{text} is too small, must be at least {least}")
+        if not (value > least if above else value >= least):
+            bound = "above" if above else "at least"
+            raise argparse.ArgumentTypeError(f"{text} is too small, must be {bound} {least}")
+        if value == inf:
+            raise argparse.ArgumentTypeError(f"{text} is too large, must be finite")
         return value
 
     return parse

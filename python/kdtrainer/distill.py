@@ -1,4 +1,4 @@
-"""What each model is trained on: labels for teachers and plain students, teachers' states for the distilled one."""
+"""What each model is trained on: labels for teachers and plain students, teachers for the distilled one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kdkernels as kd
 from kdkernels.nn import ProjectionAlignment
 from kdtrainer import models
 from kdtrainer.config import Config
 from kdtrainer.data import CLASSES, Digits
 
 PAIRS = ((0, 0), (1, 1))  # early and late states of the student and of each teacher
-TEACHER_BATCH, LABELLED_BATCH, ALIGNED_BATCH = 64, 32, 128
+TEACHER_BATCH, LABELLED_BATCH, DISTILLED_BATCH = 64, 32, 128
 
 
 @dataclass(frozen=True)
@@ -56,60 +57,91 @@ def distillation_task(
     rate: float,
     backend: str,
 ) -> Task:
-    """Cross-entropy on the few labelled images beside alignment to all teachers on all training images.
+    """Cross-entropy on the few labelled images; alignment to all teachers and their soft targets on all images.
 
-    Each teacher's hidden states are projected by a frozen orthogonal matrix, the student's by learned ones: a learned
-    teacher projection could make the alignment easy by making the space poor. With `config.lora_rank` logits are
-    aligned in place of hidden states: they need no projection, and projections would have many times the parameters
-    of the adapters.
+    Alignment and soft targets have weights in `config`; one of weight 0 is not computed.
     """
+    frozen = {teacher_name: states_of(teacher, digits.train_images) for teacher_name, teacher in teachers}
     aligners, targets = nn.ModuleDict(), {}
-    for teacher_name, teacher in teachers:
-        options: dict[str, Any] = {"metric": config.metric, "method": config.method, "backend": backend}
-        if config.lora_rank:
-            targets[teacher_name] = [logits_of(teacher, digits.train_images)]
-            options |= {"student_projection": "none", "teacher_projection": "none"}
-            aligner = ProjectionAlignment(((0, 0),), CLASSES, CLASSES, CLASSES, **options)
-        else:
-            targets[teacher_name] = standardised_states(teacher, digits.train_images)
-            options |= {"teacher_projection": "orthogonal", "seed": config.seed_of(f"projection/{teacher_name}")}
-            aligner = ProjectionAlignment(
-                PAIRS, model.widths, teacher.widths, config.embedding_width, bias=True, **options
-            )
-        aligners[teacher_name] = aligner
+    if config.alignment_weight:
+        for teacher_name, teacher in teachers:
+            aligners[teacher_name] = aligner(teacher_name, model, teacher, config, backend)
+            states = frozen[teacher_name]
+            targets[teacher_name] = [logits_of(teacher, states)] if config.lora_rank else standardised(states)
+    last, heads = [states[-1] for states in frozen.values()], [models.head_of(teacher) for _, teacher in teachers]
     everything = torch.arange(len(digits.train_images))
 
+    def alignment(states: Sequence[Tensor], batch: Tensor) -> Tensor:
+        aligned = [model.head(states[-1])] if config.lora_rank else states  # (DISTILLED_BATCH, d_s) each
+        per_teacher = [each(aligned, [target[batch] for target in targets[name]]) for name, each in aligners.items()]
+        return torch.stack(per_teacher).mean()
+
+    def soft_targets(states: Sequence[Tensor], batch: Tensor) -> Tensor:
+        return kd.linear_distillation_loss(
+            states[-1],
+            models.head_of(model),
+            [state[batch] for state in last],
+            heads,
+            divergence=config.divergence,
+            temperature=config.temperature,
+            mixture=config.mixture,
+            backend=backend,
+        )
+
     def losses() -> dict[str, Tensor]:
-        few, many = batch_of(digits.labelled, LABELLED_BATCH), batch_of(everything, ALIGNED_BATCH)
-        logits, states = model(digits.train_images[torch.cat([few, many])])
-        cross_entropy = F.cross_entropy(logits[: len(few)], digits.train_labels[few])
-        aligned = [state[len(few) :] for state in ([logits] if config.lora_rank else states)]  # (ALIGNED_BATCH, d_s)
-        per_teacher = [
-            aligner(aligned, [target[many] for target in targets[teacher]]) for teacher, aligner in aligners.items()
-        ]
-        alignment = torch.stack(per_teacher).mean()
-        loss = cross_entropy + config.alignment_weight * alignment
-        return {"loss": loss, "cross_entropy": cross_entropy, "alignment": alignment}
+        few, many = batch_of(digits.labelled, LABELLED_BATCH), batch_of(everything, DISTILLED_BATCH)
+        states = model.states(digits.train_images[torch.cat([few, many])])
+        logits = model.head(states[-1][: len(few)])
+        distilled = [state[len(few) :] for state in states]
+        parts = {"cross_entropy": F.cross_entropy(logits, digits.train_labels[few])}
+        loss = parts["cross_entropy"]
+        if config.alignment_weight:
+            parts["alignment"] = alignment(distilled, many)
+            loss = loss + config.alignment_weight * parts["alignment"]
+        if config.soft_targets:
+            parts["soft_targets"] = soft_targets(distilled, many)
+            loss = loss + config.soft_targets * parts["soft_targets"]
+        return {"loss": loss} | parts
 
     trained = nn.ModuleDict({"student": model, "aligners": aligners})
     return Task(name, config.steps, rate, model, trained, losses)
 
 
+def aligner(
+    name: str, model: models.Classifier, teacher: models.Classifier, config: Config, backend: str
+) -> ProjectionAlignment:
+    """Of the student to the teacher of this name.
+
+    The teacher's hidden states are projected by a frozen orthogonal matrix, the student's by learned ones: a learned
+    teacher projection could make the alignment easy by making the space poor. With `config.lora_rank` logits are
+    aligned in place of hidden states: they need no projection, and projections would have many times the parameters
+    of the adapters.
+    """
+    options: dict[str, Any] = {"metric": config.metric, "method": config.method, "backend": backend}
+    if config.lora_rank:
+        options |= {"student_projection": "none", "teacher_projection": "none"}
+        return ProjectionAlignment(((0, 0),), CLASSES, CLASSES, CLASSES, **options)
+    options |= {"teacher_projection": "orthogonal", "seed": config.seed_of(f"projection/{name}"), "bias": True}
+    return ProjectionAlignment(PAIRS, model.widths, teacher.widths, config.embedding_width, **options)
+
+
 @torch.no_grad()
-def logits_of(teacher: models.Classifier, images: Tensor) -> Tensor:
-    """(N, 10), computed once for a frozen teacher."""
+def states_of(teacher: models.Classifier, images: Tensor) -> list[Tensor]:
+    """(N, d_t) each, computed once for a frozen teacher."""
     teacher.eval()
-    logits, _ = teacher(images)
-    return logits
+    return teacher.states(images)
 
 
 @torch.no_grad()
-def standardised_states(teacher: models.Classifier, images: Tensor) -> list[Tensor]:
-    """(N, d_t) each, computed once for a frozen teacher: mean 0 per feature, and mean square 1 over all of them.
+def logits_of(teacher: models.Classifier, states: Sequence[Tensor]) -> Tensor:
+    """(N, 10)."""
+    return teacher.head(states[-1])
+
+
+def standardised(states: Sequence[Tensor]) -> list[Tensor]:
+    """Mean 0 per feature, and mean square 1 over all of them.
 
     What all images have in common says nothing about any of them, but would dominate cosine and mse alike.
     """
-    teacher.eval()
-    _, states = teacher(images)
     centred = [state - state.mean(0) for state in states]
     return [state / state.square().mean().sqrt() for state in centred]

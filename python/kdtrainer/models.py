@@ -1,4 +1,4 @@
-"""Teachers of three architectures and the student. Each returns its logits and the hidden states to align."""
+"""Teachers of three architectures and the student: hidden states to align, and a head that makes logits of the last."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kdkernels as kd
 from kdkernels.nn import LoRALinear
 from kdtrainer.data import CLASSES
 
@@ -18,9 +19,15 @@ class Classifier(nn.Module):
     """(N, 64) images -> (N, 10) logits and one (N, width) state per entry of `widths`, early layers first."""
 
     widths: tuple[int, ...]
+    head: nn.Linear | LoRALinear  # of the last state
+
+    def states(self, images: Tensor) -> list[Tensor]:
+        """Without the logits."""
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        raise NotImplementedError
+        states = self.states(images)
+        return self.head(states[-1]), states
 
 
 class MLP(Classifier):
@@ -30,12 +37,12 @@ class MLP(Classifier):
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((SIDE * SIDE, *widths)))
         self.head = nn.Linear(widths[-1], CLASSES)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def states(self, images: Tensor) -> list[Tensor]:
         x, states = images, []
         for layer in self.hidden:
             x = F.gelu(layer(x))  # (N, width)
             states.append(x)
-        return self.head(x), states
+        return states
 
 
 class CNN(Classifier):
@@ -47,13 +54,12 @@ class CNN(Classifier):
         self.head = nn.Linear(128, CLASSES)
         self.widths = (32 * 2 * 2, 128)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def states(self, images: Tensor) -> list[Tensor]:
         x = images.view(-1, 1, SIDE, SIDE)
         x = F.max_pool2d(F.gelu(self.conv1(x)), 2)  # (N, 16, 4, 4)
         x = F.max_pool2d(F.gelu(self.conv2(x)), 2)  # (N, 32, 2, 2)
         early = x.flatten(1)
-        late = F.gelu(self.hidden(early))
-        return self.head(late), [early, late]
+        return [early, F.gelu(self.hidden(early))]
 
 
 class RowTransformer(Classifier):
@@ -73,14 +79,13 @@ class RowTransformer(Classifier):
         self.head = nn.Linear(width, CLASSES)
         self.widths = (SIDE * width, width)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def states(self, images: Tensor) -> list[Tensor]:
         x = self.embed(images.view(-1, SIDE, SIDE)) + self.position  # (N, rows, width)
         x = self.layers[0](x)
         early = x.flatten(1)
         for layer in self.layers[1:]:
             x = layer(x)
-        late = self.norm(x).mean(1)
-        return self.head(late), [early, late]
+        return [early, self.norm(x).mean(1)]
 
 
 TEACHERS: dict[str, Callable[[], Classifier]] = {
@@ -101,6 +106,15 @@ def adapt(model: nn.Module, rank: int, backend: str) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in layers.items():
         model.set_submodule(name, LoRALinear.from_linear(layer, rank, alpha=LORA_ALPHA, backend=backend))
+
+
+def head_of(model: Classifier) -> kd.Head:
+    """What makes the model's logits of its last state, an adapter included."""
+    head = model.head
+    if not isinstance(head, LoRALinear):
+        return kd.Head(head.weight, head.bias)
+    dropout_p = head.dropout if head.training else 0.0
+    return kd.Head(head.weight, head.bias, head.lora_A, head.lora_B, head.scaling, dropout_p)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -16,12 +16,15 @@ from kdtrainer.report import Row, meaning
 
 GREY, BLUE, LIGHT_BLUE, RED, LIGHT_RED = "#8c8c8c", "#4c78a8", "#a6c3e0", "#e4572e", "#f3b3a0"
 COLOURS = {"student": BLUE, "student-all-labels": LIGHT_BLUE, "distilled": RED, "distilled-reference": LIGHT_RED}
+PARTS = {"alignment": "Alignment to the teachers, all images", "soft_targets": "The teachers' soft targets, all images"}
 SMOOTHING = 10  # steps averaged for a curve
 
 
 def loss_curves(records: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Cross-entropy and alignment of the students by step, and their test accuracy on the way."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    """Each part of the students' losses by step, and their test accuracy on the way."""
+    parts = [part for part in PARTS if part in records["distilled"][0]]
+    panels = 2 + len(parts)
+    figure, axes = plt.subplots(1, panels, figsize=(4.4 * panels, 4), layout="constrained")
     for task in (name for name in COLOURS if name in records):
         style = {"color": COLOURS[task], "label": task, "linewidth": 1.5}
         if task == "distilled-reference":
@@ -30,19 +33,21 @@ def loss_curves(records: dict[str, list[dict[str, Any]]], path: Path) -> None:
         steps = np.array([row["step"] for row in rows])
         cross_entropy = np.array([row.get("cross_entropy", row["loss"]) for row in rows])
         axes[0].plot(steps, smooth(cross_entropy), **style)
-        if "alignment" in rows[0]:
-            axes[1].plot(steps, smooth(np.array([row["alignment"] for row in rows])), **style)
+        for axis, part in zip(axes[1:], parts, strict=False):
+            if part in rows[0]:
+                axis.plot(steps, smooth(np.array([row[part] for row in rows])), **style)
         evaluated = [row for row in rows if "accuracy" in row]
-        axes[2].plot([row["step"] for row in evaluated], [100 * row["accuracy"] for row in evaluated], **style)
+        axes[-1].plot([row["step"] for row in evaluated], [100 * row["accuracy"] for row in evaluated], **style)
     axes[0].set(title="Cross-entropy on labelled images", yscale="log")
-    axes[1].set(title="Alignment to the teachers, all images", yscale="log")
-    axes[2].set(title="Test accuracy, %")
-    axes[2].set_ylim(max(50, axes[2].get_ylim()[0]), 100)
+    for axis, part in zip(axes[1:], parts, strict=False):
+        axis.set(title=PARTS[part], yscale="log")
+    axes[-1].set(title="Test accuracy, %")
+    axes[-1].set_ylim(max(50, axes[-1].get_ylim()[0]), 100)
     for each in axes:
         each.set_xlabel("step")
         each.grid(alpha=0.25)
         each.spines[["top", "right"]].set_visible(False)
-    axes[2].legend(frameon=False, loc="lower right")
+    axes[-1].legend(frameon=False, loc="lower right")
     save(figure, path)
 
 

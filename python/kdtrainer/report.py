@@ -21,10 +21,10 @@ MEANINGS = {
     "ensemble": "mean of the teachers' probabilities",
     "student": "{few} labels, no distillation",
     "student-all-labels": "all labels, no distillation",
-    "distilled": "{few} labels, and the teachers' states of the other images",
+    "distilled": "{few} labels, and the teachers' {lessons} of the other images",
     "distilled-reference": "the same, by the reference backend",
 }
-LORA_MEANING = "LoRA of rank {rank} on the student: {few} labels, the teachers' logits"
+LORA_MEANING = "LoRA of rank {rank} on the student: {few} labels, the teachers' {lessons}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,14 @@ def meaning(row: Row, config: Config) -> str:
     if row.name in config.teachers:
         return "teacher, all labels"
     text = LORA_MEANING if config.lora_rank and row.name == "distilled" else MEANINGS[row.name]
-    return text.format(few=10 * config.labels, rank=config.lora_rank)
+    return text.format(few=10 * config.labels, rank=config.lora_rank, lessons=lessons(config))
+
+
+def lessons(config: Config) -> str:
+    """What the distilled student learns of the teachers."""
+    aligned = "logits" if config.lora_rank else "states"
+    weights = {aligned: config.alignment_weight, "soft targets": config.soft_targets}
+    return " and ".join(name for name, weight in weights.items() if weight)
 
 
 def console() -> Console:

@@ -1,6 +1,7 @@
 """`python -m kdtrainer whisper-step`: one distillation step by plain PyTorch and PEFT, and by kdkernels."""
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +31,13 @@ class Way:
 
     pair: whisper.Pair
     optimizer: torch.optim.Optimizer
-    checked_losses: list[float] = field(default_factory=list)
+    soft_targets: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    checked_parts: list[dict[str, float]] = field(default_factory=list)  # of each checked step's loss
     losses: list[float] = field(default_factory=list)  # of the timed steps
     seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+
+    def checked_losses(self) -> list[float]:
+        return [sum(parts.values()) for parts in self.checked_parts]
 
     def totals(self) -> list[float]:
         """Seconds of each timed step."""
@@ -53,7 +58,7 @@ class Stopwatch:
 
 
 def run(config: StepConfig, out: Path, as_json: bool, shape: whisper.Shape | None = None) -> bool:
-    """False when the losses or weights of the checked steps are further apart than the budget. RunError: no start."""
+    """False when the checked steps' losses or weights are further apart than the budget. RunError: no start."""
     shape = shape or whisper.TINY_EN
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -70,11 +75,14 @@ def run(config: StepConfig, out: Path, as_json: bool, shape: whisper.Shape | Non
             batch = whisper.batch(shape, config.batch, config.seed + step)
             for way in ways.values():
                 torch.manual_seed(config.seed + step)  # of the masks
-                loss, seconds = train(way, batch)
-                (way.checked_losses if step < CHECKED_STEPS else way.losses).append(loss)
-                if step >= CHECKED_STEPS:
-                    for phase in PHASES:
-                        way.seconds[phase].append(seconds[phase])
+                parts, seconds = train(way, batch)
+                loss = sum(parts.values())
+                if step < CHECKED_STEPS:
+                    way.checked_parts.append(parts)
+                    continue
+                way.losses.append(loss)
+                for phase in PHASES:
+                    way.seconds[phase].append(seconds[phase])
             show(step + 1, loss)
     step_report.publish(summary(config, shape, ways, left, found), out, as_json)
     return found.within_budget
@@ -91,52 +99,61 @@ def both_ways(config: StepConfig, shape: whisper.Shape) -> tuple[dict[str, Way],
     ours.aligner.backend = "auto"
     layers = accelerate(ours.student).report().layers
     ways = {
-        name: Way(pair, torch.optim.AdamW(pair.trained().values(), lr=RATE))
-        for name, pair in ((EAGER, eager), (OURS, ours))
+        name: Way(pair, torch.optim.AdamW(pair.trained().values(), lr=RATE), soft_targets)
+        for name, pair, soft_targets in ((EAGER, eager, soft_targets_of_logits), (OURS, ours, soft_targets_of_states))
     }
     return ways, [f"{layer.name}: {layer.reason}" for layer in layers if not layer.served]
 
 
-def train(way: Way, batch: whisper.Batch) -> tuple[float, dict[str, float]]:
-    """One step: its loss, and the seconds of each phase.
+def train(way: Way, batch: whisper.Batch) -> tuple[dict[str, float], dict[str, float]]:
+    """One step: the two parts of its loss, and the seconds of each phase.
 
-    Each loss is differentiated down to the student's outputs at once, and the sum from there on: the same gradients as
-    those of one `backward`, and each part's time can be told.
+    Each loss is differentiated down to the student's states at once, and the sum from there on: the same gradients as
+    those of one `backward`, and each part's time can be told. The heads belong to the soft targets: one way makes
+    their logits, the other never has them all.
     """
-    pair, watch = way.pair, Stopwatch()
-    inputs = {"input_features": batch.features, "decoder_input_ids": batch.tokens}
+    pair, adapted, watch = way.pair, way.pair.adapted(), Stopwatch()
     with torch.no_grad():
-        teacher = pair.teacher(**inputs)
+        teacher = whisper.states(pair.teacher, batch)
     watch.lap("teacher forward")
-    student = pair.student(**inputs)
+    student = whisper.states(adapted, batch)
     watch.lap("student forward")
-    state = student.encoder_last_hidden_state.detach().requires_grad_()  # (batch, points, width)
-    alignment = pair.aligner([state], [teacher.encoder_last_hidden_state])
+    encoder, decoder = (state.detach().requires_grad_() for state in student)
+    alignment = pair.aligner([encoder], [teacher.encoder])
     alignment.backward()
     watch.lap("alignment")
-    logits = student.logits.detach().requires_grad_()  # (batch, tokens, vocabulary)
-    targets = soft_targets(logits, teacher.logits)
+    targets = way.soft_targets(decoder, whisper.head(adapted), teacher.decoder, whisper.head(pair.teacher))
     targets.backward()
     watch.lap("soft targets")
-    torch.autograd.backward([student.encoder_last_hidden_state, student.logits], [state.grad, logits.grad])
+    torch.autograd.backward(student, [encoder.grad, decoder.grad])
     watch.lap("student backward")
     way.optimizer.step()
     way.optimizer.zero_grad()
     watch.lap("optimiser")
-    return alignment.item() + targets.item(), watch.seconds
+    return {"alignment": alignment.item(), "soft targets": targets.item()}, watch.seconds
 
 
-def soft_targets(student: Tensor, teacher: Tensor) -> Tensor:
-    """T² KL(teacher ‖ student) of a token's logits (..., V) at temperature T, the mean over tokens."""
-    ours, theirs = (F.log_softmax(x.flatten(0, -2) / TEMPERATURE, -1) for x in (student, teacher))
+def soft_targets_of_logits(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+    """T² KL(teacher ‖ student) at temperature T, the mean over tokens, in plain PyTorch.
+
+    States are (batch, tokens, width), heads (vocabulary, width).
+    """
+    logits = F.linear(student, student_head), F.linear(teacher, teacher_head)  # (batch, tokens, vocabulary)
+    ours, theirs = (F.log_softmax(x.flatten(0, -2) / TEMPERATURE, -1) for x in logits)
     return TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
+def soft_targets_of_states(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+    """The same by kdkernels."""
+    return kd.linear_distillation_loss(student, student_head, teacher, teacher_head, temperature=TEMPERATURE)
+
+
 def deviation_of(ways: dict[str, Way], budget: float) -> Deviation:
-    """Of the checked steps' losses, and of the trained weights after them."""
+    """Of each part of the checked steps' losses, lest the larger hides the smaller, and of the trained weights."""
     ours, eager = ways[OURS], ways[EAGER]
+    parts, parts_ref = ([x for parts in way.checked_parts for x in parts.values()] for way in (ours, eager))
     w, w_ref = ({name: p.detach() for name, p in way.pair.trained().items()} for way in (ours, eager))
-    return deviation(ours.checked_losses, eager.checked_losses, w, w_ref, budget)
+    return deviation(parts, parts_ref, w, w_ref, budget)
 
 
 def summary(
@@ -156,7 +173,8 @@ def summary(
         "step_seconds": {name: way.totals() for name, way in ways.items()},
         "ratio": seconds[EAGER]["step"] / seconds[OURS]["step"],
         "losses": {name: way.losses for name, way in ways.items()},
-        "checked_losses": {name: way.checked_losses for name, way in ways.items()},
+        "checked_losses": {name: way.checked_losses() for name, way in ways.items()},
+        "checked_parts": {name: way.checked_parts for name, way in ways.items()},
         "compare": vars(found) | {"within_budget": found.within_budget},
         "versions": {"kdkernels": kd.__version__, "torch": torch.__version__},
     }

@@ -57,15 +57,17 @@ def show(summary: dict[str, Any], out: Path) -> None:
     terminal.print(table)
     terminal.print(
         f"Medians of {config['steps']} steps, the two taking turns, random weights and inputs. Alignment and soft "
-        "targets are forward and backward; the teacher and the soft targets are the same plain PyTorch in both."
+        "targets are forward and backward; the teacher is the same plain PyTorch in both. The products of both heads "
+        "are part of the soft targets, not of the forward passes and the student's backward: eager makes the logits, "
+        "kdkernels computes from states and heads."
     )
     found = summary["compare"]
     verdict = "within" if found["within_budget"] else "ABOVE"
     terminal.print(
         f"Before them, {len(next(iter(summary['checked_losses'].values())))} steps without dropout (with it, PEFT and "
-        f"kdkernels draw different masks): losses {listed(summary['checked_losses'])}; they deviate by "
-        f"{found['loss']:.2g}, the trained weights by {found['weights']:.2g} (relative), {verdict} the budget of "
-        f"{found['budget']:g}."
+        f"kdkernels draw different masks): losses {listed(summary['checked_losses'])}; alignment and "
+        f"soft targets, each by itself, deviate by {found['loss']:.2g}, the trained weights by {found['weights']:.2g} "
+        f"(relative), {verdict} the budget of {found['budget']:g}."
     )
     terminal.print(f"Losses of the timed steps, each with its own masks: {listed(summary['losses'])}.")
     for layer in summary["left_to_peft"]:

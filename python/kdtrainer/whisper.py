@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -40,11 +40,18 @@ class Batch(NamedTuple):
     tokens: Tensor  # (batch, tokens)
 
 
+class States(NamedTuple):
+    """The last ones."""
+
+    encoder: Tensor  # (batch, points, width)
+    decoder: Tensor  # (batch, tokens, width), what the head makes logits of
+
+
 @dataclass
 class Pair:
     """What a distillation step needs."""
 
-    teacher: nn.Module  # frozen
+    teacher: WhisperForConditionalGeneration  # frozen
     student: PeftModel
     aligner: ProjectionAlignment  # of the last encoder states
 
@@ -52,6 +59,10 @@ class Pair:
         """The adapters and the projections, by name."""
         both = nn.ModuleDict({"student": self.student, "aligner": self.aligner})
         return {name: p for name, p in both.named_parameters() if p.requires_grad}
+
+    def adapted(self) -> WhisperForConditionalGeneration:
+        """The student without PEFT around it; the adapters are in its layers."""
+        return cast(WhisperForConditionalGeneration, self.student.get_base_model())
 
     def set_dropout(self, p: float) -> None:
         """Of every adapter's input."""
@@ -103,6 +114,17 @@ def build(shape: Shape, dimension: int, seed: int) -> Pair:
         student = get_peft_model(base, lora).train()
     aligner = ProjectionAlignment(((0, 0),), shape.width, shape.width, dimension, backend="reference")
     return Pair(teacher, student, aligner)
+
+
+def states(model: WhisperForConditionalGeneration, batch: Batch) -> States:
+    """Without the logits that the whole model would make."""
+    found = model.model(input_features=batch.features, decoder_input_ids=batch.tokens)
+    return States(found.encoder_last_hidden_state, found.last_hidden_state)
+
+
+def head(model: WhisperForConditionalGeneration) -> Tensor:
+    """(vocabulary, width), the embedding of tokens at once; it has no bias and no adapter."""
+    return model.proj_out.weight
 
 
 def batch(shape: Shape, size: int, seed: int) -> Batch:
