@@ -30,7 +30,7 @@ $(DEV): $(STAMP)
 
 demo: $(STAMP)
 	$(RUN) -m kdkernels validate --quick
-	$(RUN) -m kdtrainer digits --compare --out $(OUT)/digits
+	$(RUN) -m kdtrainer digits --compare --soft-targets 1 --out $(OUT)/digits
 	$(RUN) -m kdtrainer whisper-step --steps 2 --out $(OUT)/whisper-step
 
 test: $(STAMP)

@@ -162,17 +162,14 @@ def prepare(
         weights = counts.to(plan.dtype) if weights is None else torch.where(counts, weights, 0)
     own = _side(student, head, N, plan.cast, weights)
     sides = [_teacher_side(x, h, N, plan.cast, share) for (x, h), share in zip(teachers, shares, strict=True)]
-    maps, called = as_maps(vocab_map, len(sides)), names("teachers", len(sides))
-    kept = [k for k, side in enumerate(sides) if side.share > 0]  # 0 · −∞ is no number, and costs as much
-    served, excluded = common(
-        own.vocabulary, [sides[k] for k in kept], None if maps is None else [maps[k] for k in kept],
-        [called[k] for k in kept], own.states, plan.dtype,
-    )  # fmt: skip
+    maps = as_maps(vocab_map, len(sides))
+    served = [k for k, side in enumerate(sides) if side.share > 0]  # 0 · −∞ is no number, and costs as much
+    sides, excluded = common(own.vocabulary, sides, maps, served, own.states, plan.dtype)
     divisor = max(N, 1) if plan.mean and weights is None and not plan.late else 1
     if plan.mean and weights is not None and not plan.late:
         weights = weights / nonzero(weights.sum())
     call = Call(
-        own, served, excluded, labels, weights, divergence, mixture, float(temperature), float(beta), float(alpha),
+        own, sides, excluded, labels, weights, divergence, mixture, float(temperature), float(beta), float(alpha),
         divisor, plan.dtype,
     )  # fmt: skip
     grad = torch.is_grad_enabled()

@@ -16,6 +16,8 @@ from kdkernels.ops.linear_distillation import reference
 from kdkernels.ops.linear_distillation.call import Call, Side
 from kdkernels.products import Total
 
+FEWEST = 64
+
 Block = slice | Tensor  # rows, or their indices
 
 
@@ -199,13 +201,13 @@ def _blocks(count: int, rows: int, points: Tensor | None) -> Iterator[Block]:
 
 
 def _rows_per_block(call: Call, kernels: Kernels) -> int:
-    """As many as `block_bytes` hold, a multiple of 16 and at least that."""
+    """As many as `block_bytes` hold, a multiple of 16; fewer than `FEWEST` would make slow products."""
     V = call.student.width
     made = [max(side.vocabulary, V) for side in call.teachers if _made(side, V)]
     mapped = any(side.columns is not None for side in call.teachers)
     columns = V + (V if len(call.teachers) > 1 else 0) + max(made, default=0) + (V if mapped else 0)
     size = torch.finfo(call.dtype).bits // 8
-    return max(16, kernels.block_bytes // (columns * size) // 16 * 16)
+    return max(FEWEST, kernels.block_bytes // (columns * size) // 16 * 16)
 
 
 def _made(side: Side, V: int) -> bool:

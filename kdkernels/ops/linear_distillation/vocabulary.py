@@ -32,28 +32,28 @@ def as_maps(vocab_map: Any, K: int) -> Maps:
 
 
 def common(
-    V: int, teachers: Sequence[Side], maps: Maps, names: Sequence[str], like: Tensor, dtype: torch.dtype
+    V: int, teachers: Sequence[Side], maps: Maps, served: Sequence[int], like: Tensor, dtype: torch.dtype
 ) -> tuple[list[Side], Tensor | None]:
-    """The teachers with their columns, and (V,) 1 where a token of the student is not common to all, or None.
+    """The teachers in `served` with their columns, and (V,) 1 where a token is not common to student and all, or None.
 
     Raises TypeError or ValueError for a map that does not fit, and where there are sizes that no map explains.
     """
     if maps is None:
-        shared = min(V, *(side.vocabulary for side in teachers))
-        if shared == V:
-            return list(teachers), None
-        return list(teachers), (torch.arange(V, device=like.device) >= shared).to(dtype)
+        found = [teachers[k] for k in served]
+        shared = min(V, *(side.vocabulary for side in found))
+        return found, None if shared == V else (torch.arange(V, device=like.device) >= shared).to(dtype)
     found, missing = [], None
-    for side, name, columns in zip(teachers, names, maps, strict=True):
+    for k in served:
+        side, columns = teachers[k], maps[k]
         if columns is None:
             if side.vocabulary != V:
                 raise ValueError(
-                    f"{name} has a vocabulary of {side.vocabulary}, but the student has {V}: say by vocab_map which "
-                    f"tokens are the same, or {TRUNCATE!r} if the first ones are"
+                    f"teachers[{k}] has a vocabulary of {side.vocabulary}, but the student has {V}: say by vocab_map "
+                    f"which tokens are the same, or {TRUNCATE!r} if the first ones are"
                 )
             found.append(side)
             continue
-        _check(columns, V, side.vocabulary, name, like.device)
+        _check(columns, V, side.vocabulary, f"vocab_map of teachers[{k}]", like.device)
         absent = columns < 0
         missing = absent if missing is None else missing | absent
         found.append(side._replace(columns=columns.long()))
@@ -64,9 +64,8 @@ def common(
     return found, missing.to(dtype)
 
 
-def _check(columns: Any, V: int, V_k: int, name: str, device: torch.device) -> None:
+def _check(columns: Any, V: int, V_k: int, what: str, device: torch.device) -> None:
     """That a teacher's map fits. What it holds is looked at once, as long as it is not changed."""
-    what = f"vocab_map of {name}"
     if not isinstance(columns, Tensor):
         raise TypeError(f"{what} is {type(columns).__name__}, but must be a torch.Tensor or None")
     if columns.dtype not in (torch.int32, torch.int64):
