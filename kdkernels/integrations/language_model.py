@@ -178,7 +178,7 @@ def _headless(module: nn.Module, probing: bool) -> Iterator[list[tuple[Tensor, T
         logits = compute(module, x[..., : int(probing), :])
         if probing:
             reach = torch.linspace(-REACH, REACH, logits.shape[-1], device=logits.device)
-            logits = (logits.detach() + reach).to(logits.dtype)
+            logits = (logits + reach).to(logits.dtype)
         calls.append((x, logits))
         return logits
 
