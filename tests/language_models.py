@@ -20,6 +20,9 @@ MODELS = {
     "Gemma2ForCausalLM": GEMMA,
     "CohereForCausalLM": LLAMA | dict(logit_scale=0.25),
     "GraniteForCausalLM": LLAMA | dict(logits_scaling=4.0),
+    "MiniCPM3ForCausalLM": LLAMA  # whose logits_scaling is of the states, before the head
+    | dict(dim_model_base=16, num_key_value_heads=4, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    | dict(kv_lora_rank=8, q_lora_rank=8),
     "BartForConditionalGeneration": SPEECH | dict(max_position_embeddings=32, forced_eos_token_id=2),
 }
 LLAMA, WHISPER, BERT, GEMMA, *_ = MODELS
