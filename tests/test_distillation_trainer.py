@@ -135,6 +135,15 @@ def test_without_labels_the_mask_alone_counts(trainer):
         made.compute_loss(student, {})
 
 
+@pytest.mark.parametrize("states", ["encoder", "decoder"])
+def test_a_number_of_tokens_scales_all_of_the_loss(states, trainer):
+    student, inputs = build(WHISPER), batch(WHISPER)
+    made = trainer(student, build(WHISPER, 40, seed=1), states=states, **ALIGNED)
+    count = (inputs["labels"] != -100).sum()
+    half = made.compute_loss(student, inputs, num_items_in_batch=2 * count)
+    torch.testing.assert_close(half, made.compute_loss(student, inputs) / 2)
+
+
 def test_an_ensemble_of_teachers_of_different_widths_and_vocabularies(trainer):
     student, teachers = build(LLAMA), [build(LLAMA, 40, seed=1), build(LLAMA, 48, seed=2, vocab_size=V - 8)]
     inputs = batch(LLAMA, vocabulary=V - 8)

@@ -125,7 +125,8 @@ class DistillationTrainer(Trainer):
         """The distillation loss of a batch: its share of `num_items_in_batch`, or without it the mean.
 
         Args:
-            num_items_in_batch: how many tokens count in the whole step, or (2,), those and the encoder's frames.
+            num_items_in_batch: how many tokens count in the whole step; or (2,), those and the encoder's frames, as
+                `get_batch_samples` says.
             return_outputs: the student's outputs too. Their logits have no points.
         """
         options, aligns = self.distillation, self.alignment is not None
@@ -135,7 +136,9 @@ class DistillationTrainer(Trainer):
             teachers = self._taught(inputs, aligns)
             own = self._amounts(inputs)
             totals = own if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=own.device)
-            totals = nonzero(totals).expand(2)
+            if totals.dim() == 0:  # of tokens alone: frames are as many for each
+                totals = torch.stack([totals, totals * own[1] / nonzero(own[0])])
+            totals = nonzero(totals)
             loss = student.states.new_zeros((), dtype=torch.float32)
             if options.soft_weight > 0:
                 states, heads = [teacher.states for teacher in teachers], [teacher.head for teacher in teachers]
