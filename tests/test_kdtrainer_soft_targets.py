@@ -23,6 +23,7 @@ from trainer import (
 )
 
 import kdkernels as kd
+from kdkernels.nn import head_of
 from kdtrainer import cli, data, distill, metrics, models
 from kdtrainer.config import TEACHERS, Config
 
@@ -94,7 +95,7 @@ def test_a_head_makes_the_models_logits_of_its_last_state(make, rank):
         models.adapt(model, rank, "reference")
         nn.init.normal_(model.head.lora_B)
     model.eval()
-    head, state = models.head_of(model), model.states(images)[-1]
+    head, state = head_of(model.head), model.states(images)[-1]
     logits = state @ head.weight.T + head.bias
     if rank:
         logits = logits + head.scaling * state @ head.lora_A.T @ head.lora_B.T
@@ -106,7 +107,7 @@ def test_a_head_makes_the_models_logits_of_its_last_state(make, rank):
 def test_the_dropout_of_a_heads_adapter_is_that_of_training(training):
     student = models.student()
     student.head = kd.nn.LoRALinear.from_linear(student.head, 2, dropout=0.3)
-    assert models.head_of(student.train(training)).dropout_p == (0.3 if training else 0.0)
+    assert head_of(student.train(training).head).dropout_p == (0.3 if training else 0.0)
 
 
 @pytest.mark.parametrize("rank", [0, 3])

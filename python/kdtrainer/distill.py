@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdkernels as kd
-from kdkernels.nn import ProjectionAlignment
+from kdkernels.nn import ProjectionAlignment, head_of
 from kdtrainer import models
 from kdtrainer.config import Config
 from kdtrainer.data import CLASSES, Digits
@@ -68,7 +68,7 @@ def distillation_task(
             aligners[teacher_name] = aligner(teacher_name, model, teacher, config, backend)
             states = frozen[teacher_name]
             targets[teacher_name] = [logits_of(teacher, states)] if config.lora_rank else standardised(states)
-    last, heads = [states[-1] for states in frozen.values()], [models.head_of(teacher) for _, teacher in teachers]
+    last, heads = [states[-1] for states in frozen.values()], [head_of(teacher.head) for _, teacher in teachers]
     everything = torch.arange(len(digits.train_images))
 
     def alignment(states: Sequence[Tensor], batch: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def distillation_task(
     def soft_targets(states: Sequence[Tensor], batch: Tensor) -> Tensor:
         return kd.linear_distillation_loss(
             states[-1],
-            models.head_of(model),
+            head_of(model.head),
             [state[batch] for state in last],
             heads,
             divergence=config.divergence,

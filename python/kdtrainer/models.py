@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kdkernels as kd
 from kdkernels.nn import LoRALinear
 from kdtrainer.data import CLASSES
 
@@ -106,15 +105,6 @@ def adapt(model: nn.Module, rank: int, backend: str) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in layers.items():
         model.set_submodule(name, LoRALinear.from_linear(layer, rank, alpha=LORA_ALPHA, backend=backend))
-
-
-def head_of(model: Classifier) -> kd.Head:
-    """What makes the model's logits of its last state, an adapter included."""
-    head = model.head
-    if not isinstance(head, LoRALinear):
-        return kd.Head(head.weight, head.bias)
-    dropout_p = head.dropout if head.training else 0.0
-    return kd.Head(head.weight, head.bias, head.lora_A, head.lora_B, head.scaling, dropout_p)
 
 
 def parameter_count(model: nn.Module) -> int:
