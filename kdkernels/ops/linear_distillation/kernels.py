@@ -130,24 +130,20 @@ def _target(
 
 @triton.jit
 def _element(log_p, log_q, beta, log_beta, log_rest, DIVERGENCE: tl.constexpr):
-    """A token's part of the divergence, and w = q ∂/∂q of it."""
+    """A token's part of the divergence, q, and the part's derivative by q, but for what is the same of all tokens."""
     p, q = tl.exp(log_p), tl.exp(log_q)
-    if DIVERGENCE == "forward_kl":
-        loss = tl.where(p == 0, 0.0, p * (log_p - log_q))
-        w = -p
-    elif DIVERGENCE == "reverse_kl":
-        loss = tl.where(q == 0, 0.0, q * (log_q - log_p))
-        w = loss
+    if DIVERGENCE == "reverse_kl":
+        slope = tl.where(q == 0, 0.0, log_q - log_p)
+        loss = q * slope
     elif DIVERGENCE == "jsd":
         log_m = _log_add(log_p + log_beta, log_q + log_rest)
-        w = tl.where(q == 0, 0.0, (1.0 - beta) * q * (log_q - log_m))
-        loss = tl.where(p == 0, 0.0, beta * p * (log_p - log_m)) + w
+        slope = tl.where(q == 0, 0.0, (1.0 - beta) * (log_q - log_m))
+        loss = tl.where(p == 0, 0.0, beta * p * (log_p - log_m)) + q * slope
     else:
         difference = q - p
         loss = 0.5 * tl.abs(difference)
-        sign = tl.where(difference == 0, 0.0, tl.where(difference < 0, -0.5, 0.5))
-        w = tl.where(difference == difference, sign * q, difference)
-    return loss, w
+        slope = tl.where(difference < 0, -0.5, tl.where(difference > 0, 0.5, difference))
+    return loss, q, slope
 
 
 @triton.jit(do_not_specialize=["scale", "softcap", "factor", "offset"])
@@ -264,7 +260,7 @@ def linear_distillation_diverge_kernel(
             tops_q, sums_q = _add_exponential(tops_q, sums_q, b, factor)
             tops_p, sums_p = _add_exponential(tops_p, sums_p, a, target_factor)
 
-    loss, W = 0.0, -1.0  # W = Σ w
+    loss, mean = 0.0, 0.0  # mean = Σ q · slope
     top_q, log_q, top_p, log_p, top_y, log_y = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     if SOFT:
         top_q, total_q = _over_lanes(tops_q, sums_q, factor)
@@ -275,9 +271,12 @@ def linear_distillation_diverge_kernel(
             moved = (tops_p - top_p) * target_factor - (tops_q - top_q) * factor
             apart = tl.where(share * sums_p == 0, 0.0, share * (apart + sums_p * moved))
             divergence = tl.sum(apart, 0) / total_p - log_p + log_q
-        else:
+        if MIXTURE == "arithmetic":
+            top_p, log_p = 0.0, 0.0  # probabilities already
+        if DIVERGENCE != "forward_kl":
             found = tl.full((BLOCK_V,), 0.0, tl.float32)
-            ws = tl.full((BLOCK_V,), 0.0, tl.float32)
+            slopes = tl.full((BLOCK_V,), 0.0, tl.float32)
+            qs = tl.full((BLOCK_V,), 0.0, tl.float32)
             for start in range(0, V, BLOCK_V):
                 cols = start + tl.arange(0, BLOCK_V)
                 b = _logits(
@@ -285,17 +284,18 @@ def linear_distillation_diverge_kernel(
                 )
                 b = _shared(b, excluded_ptr, cols, V)
                 a = _target(
-                    teacher_ptr, bias_t_ptr, excluded_ptr, mixture_ptr, cols, stride_tv, stride_bias_t, scale_t, softcap_t,
-                    top_t, total_t, mixture_factor, mixture_offset, V, READ_T, READ_M, MIXTURE, CAPPED_T,
+                    teacher_ptr, bias_t_ptr, excluded_ptr, mixture_ptr, cols, stride_tv, stride_bias_t, scale_t,
+                    softcap_t, top_t, total_t, mixture_factor, mixture_offset, V, READ_T, READ_M, MIXTURE, CAPPED_T,
                 )  # fmt: skip
-                part, w = _element(
+                part, q, slope = _element(
                     (a - top_p) * target_factor - log_p, (b - top_q) * factor - log_q, beta, log_beta, log_rest,
                     DIVERGENCE,
                 )  # fmt: skip
                 found += part
-                ws += w
+                slopes += q * slope
+                qs += q
             divergence = tl.sum(found, 0)
-            W = tl.sum(ws, 0)
+            mean = tl.sum(slopes, 0) / tl.sum(qs, 0)  # so that gradients sum to 0 as if q summed to 1
         loss += loss_weight * divergence
     if HARD:
         if OWN:
@@ -314,13 +314,17 @@ def linear_distillation_diverge_kernel(
             )
             gradient = tl.full((BLOCK_V,), 0.0, tl.float32)
             if SOFT:
-                b = (_shared(y, excluded_ptr, cols, V) - top_q) * factor - log_q
+                b = _shared(y, excluded_ptr, cols, V)
                 a = _target(
-                    teacher_ptr, bias_t_ptr, excluded_ptr, mixture_ptr, cols, stride_tv, stride_bias_t, scale_t, softcap_t,
-                    top_t, total_t, mixture_factor, mixture_offset, V, READ_T, READ_M, MIXTURE, CAPPED_T,
+                    teacher_ptr, bias_t_ptr, excluded_ptr, mixture_ptr, cols, stride_tv, stride_bias_t, scale_t,
+                    softcap_t, top_t, total_t, mixture_factor, mixture_offset, V, READ_T, READ_M, MIXTURE, CAPPED_T,
                 )  # fmt: skip
-                _, w = _element((a - top_p) * target_factor - log_p, b, beta, log_beta, log_rest, DIVERGENCE)
-                gradient += weight * soft_weight * (w - tl.exp(b) * W)
+                a, b = (a - top_p) * target_factor - log_p, (b - top_q) * factor - log_q
+                if DIVERGENCE == "forward_kl":
+                    gradient += weight * soft_weight * (tl.exp(b) - tl.exp(a))
+                else:
+                    _, q, slope = _element(a, b, beta, log_beta, log_rest, DIVERGENCE)
+                    gradient += weight * soft_weight * (q * (slope - mean))
             if HARD:
                 one = tl.where(cols == label, 1.0, 0.0)
                 gradient += weight * hard_weight * (tl.exp(y - top_y - log_y) - one)

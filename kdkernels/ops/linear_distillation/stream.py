@@ -98,24 +98,26 @@ class _Rooms:
         self.call, self.kernels, self.gradient_dtype = call, kernels, gradient_dtype
         self.V = V = call.student.width
         made = [side for side in call.teachers if _made(side, V)]
-        apart = gradient_dtype is not None and not kernels.in_place and gradient_dtype is not call.dtype
-        sizes = {  # columns of each buffer
-            "student": 0 if _given(call.student, kernels) else V,
-            "mixture": V if len(call.teachers) > 1 else 0,
-            "raw": max((max(side.vocabulary, V) for side in made), default=0),
-            "ordered": V if any(side.columns is not None for side in made) else 0,
-            "apart": V if apart and not _given(call.student, kernels) else 0,
-        }
-        dtypes = dict.fromkeys(sizes, call.dtype) | ({"apart": gradient_dtype} if apart else {})
-        row_bytes = sum(padded(columns) * torch.finfo(dtypes[name]).bits // 8 for name, columns in sizes.items())
+        given = _given(call.student, kernels)
+        narrow = gradient_dtype or call.dtype
+        apart = not (given or kernels.in_place or narrow is call.dtype)
+        columns = (
+            0 if given else V,
+            V if len(call.teachers) > 1 else 0,
+            max((max(side.vocabulary, V) for side in made), default=0),
+            V if any(side.columns is not None for side in made) else 0,
+        )
+        size = torch.finfo(call.dtype).bits // 8
+        row_bytes = sum(map(padded, columns)) * size + padded(V) * apart * torch.finfo(narrow).bits // 8
         fitting = kernels.block_bytes // row_bytes // 16 * 16 if row_bytes else count
         self.rows = max(min(max(fitting, 16), count), 1)
-        like = call.student.states
-        rooms = {
-            name: like.new_empty((self.rows, padded(columns)), dtype=dtypes[name])[:, :columns] if columns else None
-            for name, columns in sizes.items()
-        }
-        self.student, self.mixture, self.raw, self.ordered, self.apart = rooms.values()
+        self.student, self.mixture, self.raw, self.ordered = (self._room(n, call.dtype) for n in columns)
+        self.apart = self._room(V, narrow) if apart else None
+
+    def _room(self, columns: int, dtype: torch.dtype) -> Tensor | None:
+        if columns == 0:
+            return None
+        return self.call.student.states.new_empty((self.rows, padded(columns)), dtype=dtype)[:, :columns]
 
     def student_logits(self, block: Block, n: int) -> Tensor:
         """(n, V) raw logits, to be overwritten unless they were given."""

@@ -91,22 +91,20 @@ class Kernels:
         labels: Tensor | None, weights: Tensor | None, losses: Tensor, gradient: Tensor | None,
     ) -> None:  # fmt: skip
         own, last = call.student, call.teachers[-1]
+        rows = (student, teacher, mixture, gradient)
         kernels.diverge(
-            (len(student),),
-            (
-                student, teacher, mixture, gradient, own.bias, bias, call.excluded, labels, weights, losses,
-            ),
+            (len(student),), (*rows, own.bias, bias, call.excluded, labels, weights, losses),
             (
                 own.scale, own.softcap, last.scale, last.softcap, self.factor, self.factor if mixture is None else 1.0,
                 *self._part(call, last), *self.numbers,
             ),
             (
-                *student.stride(), *teacher.stride(), *map(_stride, (mixture, gradient, own.bias, bias, labels, weights)),
+                *student.stride(), *teacher.stride(),
+                *map(_stride, (mixture, gradient, own.bias, bias, labels, weights)),
             ),
             (
-                self.V, *map(self._within, (student, teacher, mixture, gradient)), call.divergence,
-                "none" if mixture is None else call.mixture, *self.options, own.softcap != 0, last.softcap != 0,
-                self.columns,
+                self.V, *map(self._within, rows), call.divergence, "none" if mixture is None else call.mixture,
+                *self.options, own.softcap != 0, last.softcap != 0, self.columns,
             ),
             self.warps, STAGES,
         )  # fmt: skip
