@@ -154,10 +154,10 @@ class _Rooms:
         elif side.weight is None:
             out.copy_(x[:, :width])
         else:
-            self.kernels.multiply(x, side.weight[:width].T, out)
+            self.kernels.multiply(x, side.weight[:width].t(), out)
         if side.low is not None and side.low_head is not None:
             low = _take(side.low, block)
-            self.kernels.multiply(low, side.low_head[:width].T.to(low.dtype), out, True)
+            self.kernels.multiply(low, side.low_head[:width].t().to(low.dtype), out, True)
 
 
 class _Trained:
@@ -185,7 +185,7 @@ class _Trained:
                 rows = _take(x, block)
                 if weights is not None:  # what a point holds that does not count must not meet a zero in a product
                     rows = rows.masked_fill((weights == 0)[:, None], 0)
-                total.add_product(gradient.T, rows)
+                total.add_product(gradient.t(), rows)
         if db is not None:
             sum_b.add_rows(gradient)
 
