@@ -96,23 +96,13 @@ class _Rooms:
 
     def __init__(self, call: Call, kernels: Kernels, gradient_dtype: torch.dtype | None, count: int) -> None:
         self.call, self.kernels, self.gradient_dtype = call, kernels, gradient_dtype
-        self.V = V = call.student.width
-        made = [side for side in call.teachers if _made(side, V)]
-        given = _given(call.student, kernels)
-        narrow = gradient_dtype or call.dtype
-        apart = not (given or kernels.in_place or narrow is call.dtype)
-        columns = (
-            0 if given else V,
-            V if len(call.teachers) > 1 else 0,
-            max((max(side.vocabulary, V) for side in made), default=0),
-            V if any(side.columns is not None for side in made) else 0,
+        self.V = call.student.width
+        narrow = _narrow(call, kernels, gradient_dtype)
+        self.rows = max(1, min(_rows_per_block(call, kernels, narrow), count))
+        self.student, self.mixture, self.raw, self.ordered = (
+            self._room(n, call.dtype) for n in _columns(call, kernels)
         )
-        size = torch.finfo(call.dtype).bits // 8
-        row_bytes = sum(map(padded, columns)) * size + padded(V) * apart * torch.finfo(narrow).bits // 8
-        fitting = kernels.block_bytes // row_bytes // 16 * 16 if row_bytes else count
-        self.rows = max(min(max(fitting, 16), count), 1)
-        self.student, self.mixture, self.raw, self.ordered = (self._room(n, call.dtype) for n in columns)
-        self.apart = self._room(V, narrow) if apart else None
+        self.apart = None if narrow is None else self._room(self.V, narrow)
 
     def _room(self, columns: int, dtype: torch.dtype) -> Tensor | None:
         if columns == 0:
@@ -228,6 +218,34 @@ def _blocks(count: int, rows: int, points: Tensor | None) -> Iterator[Block]:
 def padded(columns: int) -> int:
     """Numbers that a buffer's row takes."""
     return -(-columns // WHOLE) * WHOLE
+
+
+def _columns(call: Call, kernels: Kernels) -> tuple[int, int, int, int]:
+    """Of the buffers of the student's logits, the mixture, a teacher's logits, and these in the student's order."""
+    V = call.student.width
+    made = [side for side in call.teachers if _made(side, V)]
+    return (
+        0 if _given(call.student, kernels) else V,
+        V if len(call.teachers) > 1 else 0,
+        max((max(side.vocabulary, V) for side in made), default=0),
+        V if any(side.columns is not None for side in made) else 0,
+    )
+
+
+def _narrow(call: Call, kernels: Kernels, gradient_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the gradient's own buffer, or None where it needs none."""
+    elsewhere = kernels.in_place or _given(call.student, kernels)
+    return None if elsewhere or gradient_dtype is call.dtype else gradient_dtype
+
+
+def _rows_per_block(call: Call, kernels: Kernels, narrow: torch.dtype | None = None) -> int:
+    """As many as `block_bytes` hold, a multiple of 16 and at least that; all where there are no buffers."""
+    row_bytes = sum(map(padded, _columns(call, kernels))) * torch.finfo(call.dtype).bits // 8
+    if narrow is not None:
+        row_bytes += padded(call.student.width) * torch.finfo(narrow).bits // 8
+    if row_bytes == 0:
+        return call.student.states.shape[0]
+    return max(16, kernels.block_bytes // row_bytes // 16 * 16)
 
 
 def _given(student: Side, kernels: Kernels) -> bool:
