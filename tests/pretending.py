@@ -141,7 +141,7 @@ def distillation_on_gpus() -> Iterator[Case]:
         own = Side(*(x[name] for name in list(shapes)[:5]), vocabulary=D) if whole else Side(x["given"][:, :D])
         teachers = [side._replace(share=1 / 3) for side in (mapped, top, given)][: 3 if whole else 1]
         weights, labels = x["weights"].float(), places[:, 0]
-        made = Call(own, teachers, None, labels, weights, "jsd", "arithmetic", 2.0, 0.5, 0.5)
+        made = Call(own, teachers, None, labels, weights, "jsd", "arithmetic", 2.0, 0.5, 0.5, 1, torch.float32)
         grads = [torch.empty_like(t) if needs and t is not None else None for t in own[:5]]
         total, losses = like.new_empty((), dtype=torch.float32), like.new_empty(N, dtype=torch.float32)
         triton.loss_and_gradients(made, total, grads)

@@ -281,7 +281,9 @@ def distillation(K: int, dtype: torch.dtype, **options: Any) -> Callable[[], Non
     module = import_module("kdkernels.ops.linear_distillation.triton")
     sides = [Side(torch.zeros(4, 8, dtype=dtype), torch.zeros(32, 8, dtype=dtype), vocabulary=32) for _ in range(K + 1)]
     sides = [sides[0], *(side._replace(share=1 / K) for side in sides[1:])]
-    call = Call(sides[0], sides[1:], None, None, None, "jsd", "arithmetic", 2.0, 0.5, 1.0)._replace(**options)
+    call = Call(sides[0], sides[1:], None, None, None, "jsd", "arithmetic", 2.0, 0.5, 1.0, 1, torch.float32)._replace(
+        **options
+    )
     grads = [torch.empty(4, 8, dtype=dtype), torch.empty(32, 8, dtype=dtype), None, None, None]
     return lambda: module.loss_and_gradients(call, torch.empty(()), grads)
 

@@ -88,7 +88,7 @@ def small_call(N: int = 3, V: int = 37, **options: Any) -> Call:
     """Given logits."""
     draw = torch.Generator().manual_seed(0)
     student, teacher = (Side(torch.randn(N, V, generator=draw), vocabulary=V) for _ in range(2))
-    call = Call(student, [teacher], None, None, None, "forward_kl", "arithmetic", 1.0, 0.5, 1.0)
+    call = Call(student, [teacher], None, None, None, "forward_kl", "arithmetic", 1.0, 0.5, 1.0, 1, torch.float32)
     return call._replace(**options)
 
 
@@ -117,7 +117,9 @@ def test_tokens_without_probability(kernels: ModuleType, divergence: str) -> Non
     assert losses.isinf().nonzero()[:, 0].tolist() == infinite
     leaf = student.double().requires_grad_()
     wide = call._replace(
-        student=call.student._replace(states=leaf), teachers=[call.teachers[0]._replace(states=teacher.double())]
+        student=call.student._replace(states=leaf),
+        teachers=[call.teachers[0]._replace(states=teacher.double())],
+        dtype=torch.float64,
     )
     expected = weighted_losses(wide)
     torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=0)
@@ -280,7 +282,7 @@ def test_softcap_of_small_and_large_logits(kernels: ModuleType) -> None:
     side = Side(torch.cat([x, torch.zeros_like(x)], 1), softcap=1.0, vocabulary=2)
     labels = torch.zeros(len(x), dtype=torch.int64)
     losses, gradient = losses_and_gradient(
-        kernels, Call(side, [side], None, labels, None, "tvd", "arithmetic", 1.0, 0.5, 0.0)
+        kernels, Call(side, [side], None, labels, None, "tvd", "arithmetic", 1.0, 0.5, 0.0, 1, torch.float32)
     )
     leaf = x.double().requires_grad_()
     expected = F.softplus(-leaf.tanh())

@@ -130,7 +130,9 @@ def linear_distillation() -> None:
         weights = torch.ones(N) if full else None
         labels = torch.zeros(N, dtype=torch.int64) if full or alpha < 1 else None
         excluded = torch.zeros(V) if full else None
-        call = Call(student, teachers, excluded, labels, weights, divergence, mixture, temperature, 0.5, alpha)
+        call = Call(
+            student, teachers, excluded, labels, weights, divergence, mixture, temperature, 0.5, alpha, 1, torch.float32
+        )
         if not needs:
             return module.losses(call, torch.empty(N))
         grads = [torch.empty_like(states), None, None, None, None]
