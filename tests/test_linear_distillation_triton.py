@@ -269,6 +269,22 @@ def test_given_logits_are_read_and_differentiated_where_they_are(kernels: Module
     assert not asked.names & {"mm", "addmm", "_to_copy", "index_select", "masked_fill", "mul"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_lies_beyond_a_row_is_zero(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Matmuls of bfloat16 on CPUs were seen to read an odd row's neighbour, and to multiply it by 0."""
+    found = []
+    add = stream._Trained.add
+    monkeypatch.setattr(
+        stream._Trained, "add", lambda self, block, gradient, w: found.append(gradient) or add(self, block, gradient, w)
+    )
+    check(make_inputs(5, dtype=dtype, weights="mask"))
+    (gradient,) = found
+    assert gradient.dtype is dtype and gradient.shape == (5, 45)
+    assert not gradient.as_strided((5, 3), gradient.stride(), gradient.storage_offset() + 45).any()
+
+
 def test_same_bits_on_every_run(kernels: ModuleType) -> None:
     inputs = make_inputs(5, **CASES["three teachers"])
     first, second = (interpreted(inputs, "triton").tensors() for _ in range(2))

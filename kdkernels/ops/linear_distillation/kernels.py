@@ -331,7 +331,8 @@ def linear_distillation_diverge_kernel(
             if CAPPED_S:
                 u = y / softcap_s
                 gradient *= (1.0 - u) * (1.0 + u)
-            gradient *= scale_s
+            # products may read what lies beyond V, and weigh it by 0
+            gradient = tl.where(cols < V, gradient * scale_s, 0.0)
             tl.store(gradient_ptr + cols, gradient.to(gradient_ptr.dtype.element_ty), mask=cols < WRITE)
 
 
