@@ -26,6 +26,7 @@ ALIGNMENT = "csrc/cpu/projection_alignment.cpp"
 ROWS = "csrc/cpu/alignment_rows.h"
 CHOLESKY = "csrc/cpu/cholesky.h"
 DISTILLATION = "csrc/cpu/linear_distillation.cpp"
+DISTILLATION_TRITON = "kdkernels/ops/linear_distillation/kernels.py"
 VECTOR_MATH = "csrc/cpu/vector_math.h"
 LORA = "csrc/cpu/lora_linear.cpp"
 LOW_RANK = "csrc/cpu/low_rank.h"
@@ -40,7 +41,7 @@ SVD = "csrc/cpu/svd.cpp"
 HANKEL = "csrc/cpu/hankel.cpp"
 
 OPS = dict.fromkeys((TRITON, ALIGNMENT, ROWS, CHOLESKY), ("projection_alignment_loss",))
-OPS |= dict.fromkeys((DISTILLATION, VECTOR_MATH), ("linear_distillation_loss",))
+OPS |= dict.fromkeys((DISTILLATION, VECTOR_MATH, DISTILLATION_TRITON), ("linear_distillation_loss",))
 OPS |= dict.fromkeys((LORA, LOW_RANK, DROPOUT, LORA_TRITON), ("lora_linear",))
 OPS |= dict.fromkeys((HOUSEHOLDER, JACOBI, SPECTRUM, SVD), ("svd", "svdvals"))
 OPS |= dict.fromkeys((LANES, GENERATOR, HANKEL), ("gramian_factors", "hankel_singular_values"))
@@ -62,6 +63,19 @@ TRITON_KERNELS = [
     Mutation("lora_linear_adapter_kernel", LORA_TRITON, "s = _tile(s_ptr, rows, ranks, RANK, 1, N, RANK) * scale", "s = _tile(s_ptr, rows, ranks, RANK, 1, N, RANK)"),
     Mutation("lora_linear_expand_kernel", LORA_TRITON, "added = total + _masked(added, states_ptr, PLACES[k], thresholds[k], rows, first_col)", "added = total + _masked(added, states_ptr, PLACES[k], thresholds[k], rows, 0)"),
     Mutation("lora_linear_sum_kernel", LORA_TRITON, "rows = step * BLOCK_N + tl.arange(0, BLOCK_N)", "rows = step * BLOCK_N + tl.arange(0, BLOCK_N) // 2 * 2"),
+    Mutation("_log_one_plus", DISTILLATION_TRITON, "return 2.0 * s *", "return 2.001 * s *"),
+    Mutation("_log_add", DISTILLATION_TRITON, "low, high + _log_one_plus(tl.exp(low - high))", "low, high + tl.exp(low - high)"),
+    Mutation("_tanh", DISTILLATION_TRITON, "near, tl.where(x < 0, -far, far))", "near, far)"),
+    Mutation("_logits", DISTILLATION_TRITON, "x *= scale", ""),
+    Mutation("_shared", DISTILLATION_TRITON, "other=0.0) == 0, x, _NONE)", "other=0.0) == 0, x, x)"),
+    Mutation("_add_exponential", DISTILLATION_TRITON, "total * e + 1.0, total + e)", "total + 1.0, total + e)"),
+    Mutation("_add_apart", DISTILLATION_TRITON, "kept * (apart + sums_p * moved))", "kept * apart)"),
+    Mutation("_over_lanes", DISTILLATION_TRITON, "tl.sum(totals * tl.exp((tops - top) * factor), 0)", "tl.sum(totals, 0)"),
+    Mutation("_softmax_of_row", DISTILLATION_TRITON, "_shared(x, excluded_ptr, cols, V), factor)", "x, factor)"),
+    Mutation("_target", DISTILLATION_TRITON, "x = (x - top) * factor + (offset - tl.log(total))", "x = (x - top) * factor + offset"),
+    Mutation("_element", DISTILLATION_TRITON, "slope = tl.where(q == 0, 0.0, log_q - log_p)", "slope = tl.where(q == 0, 0.0, log_p - log_q)"),
+    Mutation("linear_distillation_absorb_kernel", DISTILLATION_TRITON, "None if FIRST else mixture_ptr", "None"),
+    Mutation("linear_distillation_diverge_kernel", DISTILLATION_TRITON, "gradient *= (1.0 - u) * (1.0 + u)", "gradient *= 1.0 - u"),
 ]  # fmt: skip
 
 NATIVE_KERNELS = [

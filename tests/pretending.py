@@ -39,6 +39,8 @@ def cases() -> Iterator[Case]:
     """Every operator, with every optional operand absent and present."""
     yield from alignment()
     yield from lora()
+    yield from distillation()
+    yield from distillation_on_gpus()
     yield from decompositions()
 
 
@@ -91,6 +93,67 @@ def lora() -> Iterator[Case]:
 
         for leaves in (given.keys(), {"lora_A", "second B"}):
             yield Case(f"lora_linear_group {bias=} p={p}", group, given, frozenset(leaves), torch.float32)
+
+
+def distillation() -> Iterator[Case]:
+    inputs = {"student": (2, 3, D_S), "teacher": (2, 3, D_T), "given": (2, 3, D)}
+    head = {"weight": (D, D_S), "bias": (D,), "lora_A": (R, D_S), "lora_B": (D, R)}
+    for absent in ((), ("bias",), ("lora_A", "lora_B"), tuple(head)):
+        own = {name: shape for name, shape in head.items() if name not in absent}
+        shapes = inputs | own | {"teacher_head": (D, D_T), "weights": (2, 3)}
+        if not own:
+            shapes["student"] = (2, 3, D)
+        for K, alpha, reduction in itertools.product((1, 2), (1.0, 0.5), ("mean", "none")):
+
+            def call(
+                x: dict[str, Tensor], own: Any = own, K: int = K, alpha: float = alpha, reduction: str = reduction
+            ) -> Any:
+                labels = torch.zeros(2, 3, dtype=torch.int64, device=x["student"].device) if alpha < 1 else None
+                student_head = kd.Head(**{name: x[name] for name in own}, softcap=9.0) if own else None
+                return kd.linear_distillation_loss(
+                    x["student"], student_head, [x["teacher"], x["given"]][:K], [x["teacher_head"], None][:K],
+                    labels=labels, alpha=alpha, weights=x["weights"], reduction=reduction,
+                )  # fmt: skip
+
+            name = f"linear_distillation_loss {' '.join(own)} {K=} {alpha=} {reduction}"
+            for leaves, dtype in itertools.product(({"student", *own}, {"student"}), (torch.float32, torch.bfloat16)):
+                yield Case(name, call, shapes, frozenset(leaves), dtype)
+
+
+def distillation_on_gpus() -> Iterator[Case]:
+    """What the GPU's implementation asks of torch, with kernels that only look where their tensors are."""
+    from kdkernels.ops.linear_distillation import kernels, triton
+    from kdkernels.ops.linear_distillation.call import Call, Side
+
+    def look(grid: Any, tensors: Any, *others: Any) -> None:
+        assert len({x.device for x in tensors if x is not None}) == 1
+
+    kernels.absorb = kernels.diverge = look  # type: ignore[assignment]
+    shapes = {"student": (N, D_S), "weight": (D, D_S), "bias": (D,), "low": (N, R), "low_head": (D, R)}
+    shapes |= {"teacher": (N, D_T), "teacher_head": (D + 3, D_T), "top": (N, 2), "given": (N, D + 1), "weights": (N,)}
+
+    def call(x: dict[str, Tensor], whole: bool, needs: bool) -> Any:
+        like = x["student"]
+        places = torch.arange(2, device=like.device).expand(N, 2)
+        mapped = Side(x["teacher"], x["teacher_head"], columns=torch.arange(D, device=like.device), vocabulary=D + 3)
+        top = Side(x["top"], indices=places, spread=1.0, vocabulary=D + 1)
+        given = Side(x["given"], vocabulary=D + 1)
+        own = Side(*(x[name] for name in list(shapes)[:5]), vocabulary=D) if whole else Side(x["given"][:, :D])
+        teachers = [side._replace(share=1 / 3) for side in (mapped, top, given)][: 3 if whole else 1]
+        weights, labels = x["weights"].float(), places[:, 0]
+        made = Call(own, teachers, None, labels, weights, "jsd", "arithmetic", 2.0, 0.5, 0.5, 1, torch.float32)
+        grads = [torch.empty_like(t) if needs and t is not None else None for t in own[:5]]
+        total, losses = like.new_empty((), dtype=torch.float32), like.new_empty(N, dtype=torch.float32)
+        triton.loss_and_gradients(made, total, grads)
+        triton.losses(made, losses)
+        return [total, losses, *(g for g in grads if g is not None)]
+
+    for whole, needs, dtype in itertools.product((True, False), (True, False), (torch.float32, torch.bfloat16)):
+        yield Case(
+            f"linear_distillation_loss on GPUs {whole=} {needs=}",
+            lambda x, whole=whole, needs=needs: call(x, whole, needs),
+            *(shapes, frozenset[str](), dtype),
+        )
 
 
 def decompositions() -> Iterator[Case]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.ops.linear_distillation.call import Call, Side
 from kdkernels.philox import draw_states
 from kdkernels.testing.lora_linear.inputs import make_inputs, ours
 from kdkernels.testing.stand_in import Device, stand_in, torch_operators, triton_host_cost
@@ -242,6 +243,11 @@ def test_launches_of_lora_linear(device: Device, sizes: dict[str, int], expected
     assert device.during(lambda: ours(inputs, "triton")) == expected
 
 
+VIEWS = {"t", "transpose", "as_strided", "detach", "to", "_to_copy", "view", "select", "slice", "resize_", "alias"}
+ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "resolve_conj"}
+CPU_ONLY = {"fill_"}  # the CPU's sum starts from a zero, and these tests poison memory
+
+
 def alignment(method: str, needs: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Callable[[], None]:
     module = import_module("kdkernels.ops.projection_alignment.triton")
     operands = [*(torch.zeros(4, 8, dtype=dtype) for _ in range(2)), *(torch.zeros(8, 8, dtype=dtype) for _ in "st")]
@@ -266,11 +272,35 @@ def test_operators_of_projection_alignment(
     """Neither fills nor copies stand between the matmuls and the kernel of the direct method."""
     step = alignment(method, needs)
     assert device.during(step) == {f"projection_alignment_{method}_kernel": 1}
-    views = {"t", "transpose", "as_strided", "detach", "to", "_to_copy", "view", "select", "slice", "resize_", "alias"}
-    allocations = {"empty", "empty_strided", "empty_like", "new_empty", "resolve_conj"}
-    cpu_only = {"fill_"}  # the CPU's sum starts from a zero, and these tests poison memory
     found = torch_operators(step)
-    assert {name: n for name, n in found.items() if name not in views | allocations | cpu_only} == expected
+    assert {name: n for name, n in found.items() if name not in VIEWS | ALLOCATIONS | CPU_ONLY} == expected
+
+
+def distillation(K: int, dtype: torch.dtype, **options: Any) -> Callable[[], None]:
+    """Forward and backward in one, of hidden states and heads."""
+    module = import_module("kdkernels.ops.linear_distillation.triton")
+    sides = [Side(torch.zeros(4, 8, dtype=dtype), torch.zeros(32, 8, dtype=dtype), vocabulary=32) for _ in range(K + 1)]
+    sides = [sides[0], *(side._replace(share=1 / K) for side in sides[1:])]
+    call = Call(sides[0], sides[1:], None, None, None, "jsd", "arithmetic", 2.0, 0.5, 1.0, 1, torch.float32)._replace(
+        **options
+    )
+    grads = [torch.empty(4, 8, dtype=dtype), torch.empty(32, 8, dtype=dtype), None, None, None]
+    return lambda: module.loss_and_gradients(call, torch.empty(()), grads)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("K", (1, 2, 4))
+def test_operators_of_linear_distillation(device: Device, K: int, dtype: torch.dtype) -> None:
+    """A product for each head and for each gradient, a kernel for each teacher, and the sum of the losses."""
+    step = distillation(K, dtype)
+    absorbed = {"linear_distillation_absorb_kernel": K - 1} if K > 1 else {}
+    assert device.during(step) == absorbed | {"linear_distillation_diverge_kernel": 1}
+    found = torch_operators(step)
+    products, copies = K + 3, 0
+    if dtype is torch.bfloat16:  # the CPU multiplies in float32, so each operand but the last product's is widened
+        copies = 2 * (K + 2) + 1  # and the head's gradient, summed in float32, is narrowed
+    left = {name: n for name, n in found.items() if name not in VIEWS | ALLOCATIONS | CPU_ONLY}
+    assert left == {"mm": products, "sum": 1} | ({"copy_": copies} if copies else {})
 
 
 def test_states_are_drawn_by_one_operator(device: Device) -> None:
@@ -364,6 +394,24 @@ def test_gpu_graph_of_projection_alignment(method: str, dtype: torch.dtype) -> N
     def step() -> list[Tensor]:
         loss = kd.projection_alignment_loss(*leaves, method=method, backend="triton")
         return [loss, *torch.autograd.grad(loss, leaves)]
+
+    check_replays(step, leaves)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_gpu_graph_of_linear_distillation(dtype: torch.dtype) -> None:
+    shapes = ((300, 24), (500, 24), (300, 40), (500, 40), (300, 500))
+    leaves = [torch.randn(shape, device="cuda").to(dtype).requires_grad_(i < 2) for i, shape in enumerate(shapes)]
+    labels = torch.arange(300, device="cuda")
+
+    def step() -> list[Tensor]:
+        x, W, first, W_first, second = leaves
+        loss = kd.linear_distillation_loss(
+            x, W, [first, second], [W_first, None], labels=labels, alpha=0.5, backend="triton"
+        )
+        return [loss, *torch.autograd.grad(loss, [x, W])]
 
     check_replays(step, leaves)
 

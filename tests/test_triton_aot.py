@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import kdkernels.ops
+from kdkernels.ops.linear_distillation.call import Call, Side
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -109,7 +110,51 @@ def lora_linear() -> None:
     launch(768, 96, 8, bf16, bf16, p=0.1, K=3)
 
 
-LAUNCHES: dict[str, Callable[[], None]] = {"projection_alignment": projection_alignment, "lora_linear": lora_linear}
+def linear_distillation() -> None:
+    """Both kernels over divergences, mixtures, dtypes, given logits, vocabularies and everything a head may have."""
+    module = import_module("kdkernels.ops.linear_distillation.triton")
+    bf16, fp16 = torch.bfloat16, torch.float16
+
+    def launch(
+        divergence: str, V: int, K: int = 1, mixture: str = "arithmetic", *, dtype: torch.dtype = torch.float32,
+        heads: bool = True, full: bool = False, temperature: float = 2.0, alpha: float = 1.0, needs: bool = True,
+    ) -> None:  # fmt: skip
+        """`full`: bias, softcap, excluded tokens, labels and weights."""
+        N, d = 3, 8
+        states, head = torch.zeros(N, d if heads else V, dtype=dtype), None
+        bias = torch.zeros(V, dtype=dtype) if full and heads else None
+        if heads:
+            head = torch.zeros(1, d, dtype=dtype).expand(V, d)
+        student = Side(states, head, bias, softcap=30.0 * full, vocabulary=V)
+        teachers = [student._replace(share=1 / K)] * K
+        weights = torch.ones(N) if full else None
+        labels = torch.zeros(N, dtype=torch.int64) if full or alpha < 1 else None
+        excluded = torch.zeros(V) if full else None
+        call = Call(
+            student, teachers, excluded, labels, weights, divergence, mixture, temperature, 0.5, alpha, 1, torch.float32
+        )
+        if not needs:
+            return module.losses(call, torch.empty(N))
+        grads = [torch.empty_like(states), None, None, None, None]
+        module.loss_and_gradients(call, torch.empty(()), grads)
+
+    launch("forward_kl", 128256, dtype=bf16)
+    launch("forward_kl", 128256, heads=False, dtype=bf16)
+    launch("forward_kl", 51865, 2, full=True, alpha=0.5)  # an odd vocabulary
+    launch("reverse_kl", 51865, heads=False)
+    launch("reverse_kl", 1000, 2, "geometric", full=True, dtype=fp16)
+    launch("jsd", 128256, 3, full=True, alpha=0.5, dtype=bf16)
+    launch("jsd", 500, temperature=1.0, alpha=0.5, needs=False)
+    launch("tvd", 32000, 2, "geometric", dtype=fp16, alpha=0.5)
+    launch("tvd", 1)
+    launch("forward_kl", 4096, alpha=0.0)
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "projection_alignment": projection_alignment,
+    "lora_linear": lora_linear,
+    "linear_distillation": linear_distillation,
+}
 
 
 @dataclass

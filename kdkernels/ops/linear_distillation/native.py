@@ -40,6 +40,7 @@ class Kernels:
     """See `stream.Kernels`."""
 
     compacts = True
+    in_place = True
 
     def __init__(self, call: Call, total: Tensor | None) -> None:
         self.module, self.threads, self.total = _native.module(), torch.get_num_threads(), total
@@ -66,14 +67,13 @@ class Kernels:
 
     def diverge(
         self, call: Call, student: Tensor, teacher: Tensor, bias: Tensor | None, mixture: Tensor | None,
-        labels: Tensor | None, weights: Tensor | None, losses: Tensor, gradient: torch.dtype | None,
-    ) -> Tensor:  # fmt: skip
+        labels: Tensor | None, weights: Tensor | None, losses: Tensor, gradient: Tensor | None,
+    ) -> None:  # fmt: skip
         self.module.linear_distillation_diverge(
             self.options, student, call.student.bias, _numbers(call.student), teacher, bias,
             _numbers(call.teachers[-1]), call.excluded, mixture, labels, weights, call.divisor, losses, self.total,
             gradient is not None, self.threads,
         )  # fmt: skip
-        return student
 
 
 def _numbers(side: Side) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.losses import nonzero
 from kdkernels.ops.linear_distillation import Head, TopKTeacher, linear_distillation_loss, schema, topk_teacher
 from kdkernels.ops.linear_distillation.api import OPTIONS, prepare
 from kdkernels.ops.linear_distillation.arguments import as_head, as_teachers
@@ -238,10 +239,14 @@ def call_of(inputs: Inputs, trained: Trained, backend: str = "reference") -> tup
     given = {"teacher_weights": None} | keywords(inputs)
     options = OPTIONS | {name: given[name] for name in OPTIONS if name in given} | {"backend": backend}
     head = as_head("student_head", head_of(trained, inputs))
-    _, call, needs = prepare(
+    plan, call, needs = prepare(
         trained["student"], head, as_teachers(inputs.teachers, inputs.heads),
         given["teacher_weights"], inputs.vocab_map, inputs.labels, inputs.weights, tuple(options.values()),
     )  # fmt: skip
+    if plan.late:  # float16's mean is taken of the total, which is not made of this call here
+        N = max(len(call.student.states), 1)
+        weights = None if call.weights is None else call.weights / nonzero(call.weights.sum())
+        call = call._replace(weights=weights, divisor=N if weights is None else 1)
     return call, needs
 
 
