@@ -35,6 +35,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "mapped": {"K": 2, "vocabulary": "mapped", "labels": True, "alpha": 0.5, "temperature": 1.5},
     "impossible tokens": {"K": 2, "regime": "impossible"},
     "close": {"regime": "close"},
+    "wide": {"N": 5, "V": 2200, "d_s": 130, "d_t": 61, "K": 2, "temperature": 2.0},
 }
 CASES: dict[str, dict[str, Any]] = QUICK | {
     "logits": {"given": "logits", "student_logits": True, "labels": True, "alpha": 0.4, "temperature": 2.0},
@@ -53,7 +54,6 @@ CASES: dict[str, dict[str, Any]] = QUICK | {
     "one point": {"N": 1, "K": 2},
     "no points": {"N": 0, "labels": True, "alpha": 0.5},
     "one token": {"V": 1, "plain": True},
-    "wide": {"N": 5, "V": 2200, "d_s": 130, "d_t": 61, "K": 2, "temperature": 2.0},
     "blocks": {"N": 700, "V": 60, "d_s": 9, "weights": "mask", "K": 2},
 }
 
