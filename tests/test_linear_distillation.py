@@ -266,6 +266,24 @@ def test_an_adapter_stays_precise_under_autocast():
     assert relative_error(found, expected) < 1e-6
 
 
+@everywhere
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_beside_float64(backend, autocast):
+    """Products of float64 are not those of bfloat16."""
+    inputs = make_inputs(given="logits", plain=True, N=40)
+    student = inputs.to(None if autocast else torch.bfloat16).trained
+    teacher = inputs.teachers[0].double()
+    leaves = [x.requires_grad_() for x in student.values()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        value = kd.linear_distillation_loss(*leaves, teacher, backend=backend)
+    grads = torch.autograd.grad(value, leaves)
+    wide = [x.detach().bfloat16().double().requires_grad_() for x in leaves]
+    expected = torch.autograd.grad(kd.linear_distillation_loss(*wide, teacher, backend="reference"), wide)
+    assert value.dtype is torch.float64
+    for g, e in zip(grads, expected, strict=True):
+        assert relative_error(g, e) < 5e-3
+
+
 @pytest.mark.native
 def test_no_autocast_of_float64():
     inputs = make_inputs(dtype=torch.float64)

@@ -91,6 +91,26 @@ def test_a_nan_that_counts_comes_out(backend, divergence):
 
 
 @everywhere
+@pytest.mark.parametrize("size", [3e38, 1e-60])
+def test_a_mean_does_not_know_how_large_weights_are(backend, size):
+    inputs = make_inputs(weights="signed")
+    weights = inputs.weights.double() / inputs.weights.abs().max() * size
+    weights = weights.float() if size > 1 else weights
+    assert relative_error(loss(inputs, weights=weights, backend=backend), loss(inputs, backend=backend)) < 1e-6
+
+
+@everywhere
+def test_a_teacher_of_next_to_no_weight_is_none(backend):
+    """0 · −∞ is no number."""
+    inputs = make_inputs(K=2, given="logits", plain=True)
+    inputs.teachers[0][:, 3] = -torch.inf
+    for mixture in ("arithmetic", "geometric"):
+        options = {"mixture": mixture, "backend": backend}
+        found = loss(inputs, teacher_weights=[1e-46, 1 - 1e-46], **options)
+        assert relative_error(found, loss(inputs, teacher_weights=[0, 1], **options)) < 1e-6
+
+
+@everywhere
 def test_mean_divides_by_the_sum_of_the_weights(backend):
     inputs = make_inputs(weights="signed")
     total = loss(inputs, reduction="sum", backend=backend)
@@ -247,7 +267,7 @@ def test_leading_dimensions(backend, reduction, leading):
 
     def shaped(x):
         if isinstance(x, kd.TopKTeacher):
-            return kd.TopKTeacher(shaped(x.log_probs), shaped(x.indices), x.vocabulary, x.tail)
+            return kd.TopKTeacher(shaped(x.log_probs), shaped(x.indices), x.vocabulary, x.tail, shaped(x.rest))
         return x.reshape((*leading, *x.shape[1:]))
 
     trained = inputs.trained | {"student": shaped(inputs.trained["student"])}
@@ -434,6 +454,8 @@ TOP = kd.TopKTeacher(torch.log(torch.full((4, 2), 0.3)), torch.tensor([[0, 1]] *
         ((S, W, S), ValueError, r"teachers\[0\] has a vocabulary of 3, but the student has 7"),
         ((S, kd.Head(W, torch.ones(6)), T, W_T), ValueError, r"student_head.bias has shape \(6\), .* V = 7"),
         ((S, kd.Head(W, lora_A=torch.ones(2, 3)), T, W_T), ValueError, "student_head has one of lora_A and lora_B"),
+        ((S, kd.Head(W, softcap=1e300), T, W_T), ValueError, "student_head.softcap is 1e.300, but must be above 0"),
+        ((S, kd.Head(W, scale=1e39), T, W_T), ValueError, "student_head.scale is 1e.39, but must be above 0"),
         ((S, kd.Head(W, softcap=0.0), T, W_T), ValueError, "student_head.softcap is 0.0, but must be above 0"),
         ((S, kd.Head(W, scale=float("nan")), T, W_T), ValueError, "student_head.scale is nan"),
         ((S, W, T, kd.Head(W_T, scale="1")), TypeError, r"teacher_heads\[0\].scale is str"),

@@ -1,6 +1,8 @@
 """A teacher kept as the k most probable tokens of each point: what it stands for, its file, and what is refused."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +79,72 @@ def test_the_rest_goes_where_the_rule_says(backend, tail, T):
     expected = T**2 * torch.xlogy(p, p).sub(p * log_q).sum(-1).mean()
     found = kd.linear_distillation_loss(*inputs.trained.values(), few, temperature=T, backend=backend)
     assert relative_error(found, expected) < 2e-6
+
+
+@everywhere
+@pytest.mark.parametrize("gap", [10, 20, 40])
+def test_the_rest_of_a_teacher_that_is_certain(backend, gap):
+    """1 − Σ p in float32 would be rounding noise, which a temperature makes large."""
+    draw = torch.Generator().manual_seed(0)
+    student, y = (torch.randn(4, 1000, generator=draw) for _ in range(2))
+    y[:, 3] += gap
+    for options in ({"temperature": 4.0}, {"divergence": "jsd", "temperature": 10.0}, {"divergence": "reverse_kl"}):
+        found = kd.linear_distillation_loss(student, None, kd.topk_teacher(y, k=8), backend=backend, **options)
+        wide = kd.topk_teacher(y.double(), k=8)
+        expected = kd.linear_distillation_loss(student.double(), None, wide, backend="reference", **options)
+        assert relative_error(found, expected) < 2e-5, options
+
+
+def test_autocast_leaves_it_alone():
+    draw = torch.Generator().manual_seed(0)
+    x, W = torch.randn(64, 128, generator=draw), torch.randn(500, 128, generator=draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kd.topk_teacher(x, W, k=8)
+    assert torch.equal(found.log_probs, kd.topk_teacher(x, W, k=8).log_probs)
+
+
+@everywhere
+@pytest.mark.parametrize("cut", [5, 30, 44])
+def test_a_longer_vocabulary_that_is_cut(backend, cut):
+    """Tokens beyond are dropped, whichever they are."""
+    inputs, few = teacher_of(9)
+    head = inputs.trained["student_head"][:cut]
+    found = kd.linear_distillation_loss(inputs.trained["student"], head, few, vocab_map="truncate", backend=backend)
+    others = ((few.rest.double() - torch.tensor(36.0).log())[:, None]).expand(23, 45)
+    y = others.scatter(1, few.indices.long(), few.log_probs.double())[:, :cut]
+    expected = kd.linear_distillation_loss(inputs.trained["student"].double(), head.double(), y, backend="reference")
+    assert relative_error(found, expected) < 2e-6
+
+
+def test_batches_of_an_epoch():
+    _, few = teacher_of(5)
+    batch = few[torch.tensor([3, 1, 2])].to("cpu")
+    assert torch.equal(batch.log_probs, few.log_probs[[3, 1, 2]]) and torch.equal(batch.rest, few.rest[[3, 1, 2]])
+    assert (batch.vocabulary, batch.tail) == (45, "uniform")
+    assert few == few and few != batch
+
+
+def test_log_probabilities_of_bfloat16():
+    kd.TopKTeacher(torch.tensor([[0.5, 0.5]]).log().bfloat16(), torch.tensor([[0, 1]]), 2)
+
+
+def test_many_writers_of_one_file(tmp_path):
+    _, few = teacher_of(5)
+    path = tmp_path / "teacher.safetensors"
+    few.save(path)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(few.save if i % 2 else kd.TopKTeacher.load, path) for i in range(80)]:
+            done.result()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder, but teacher was to be written there"):
+        few.save(tmp_path / "nowhere" / "teacher")
+
+
+def umask():
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 def test_a_file_gives_back_the_same_bits(tmp_path):
@@ -162,7 +230,10 @@ DAMAGES = {
     "a token twice": (changed("indices", lambda x: put(x, x[1, 1])), "indices has a point that names a token twice"),
     "dtype": (changed("indices", lambda x: x.float()), "indices has dtype torch.float32, but must be int32 or int64"),
     "vocabulary": (meta("vocabulary", "3"), "log_probs has k = 5, but must have 1 to 3"),
-    "no number": (meta("vocabulary", "many"), "invalid literal"),
+    "no number": (meta("vocabulary", "many"), "vocabulary is 'many', but must be a whole number"),
+    "a huge vocabulary": (meta("vocabulary", "9" * 20), "vocabulary is '9"),
+    "the rest": (changed("rest", lambda x: x[:4].contiguous()), r"rest has shape \(4\), but must be \(23\)"),
+    "the rest above 1": (changed("rest", lambda x: x * 0), "probabilities that add up"),
     "tail": (meta("tail", "fat"), "tail is 'fat', but must be one of 'uniform', 'renormalise'"),
 }
 
@@ -188,8 +259,11 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         ({"k": 0}, ValueError, "k is 0, but must be a whole number of at least 1"),
         ({"k": 3, "tail": "none"}, ValueError, "tail is 'none'"),
         ({"k": 3, "teacher": torch.ones(4).long()}, TypeError, "teacher has dtype torch.int64"),
-        ({"k": 3, "teacher_head": torch.ones(7, 4)}, ValueError, r"teacher_head.weight has shape \(7, 4\), .* d_t = 5"),
-        ({"k": 3, "teacher_head": None, "teacher": torch.ones(4, 0)}, ValueError, "teacher has a vocabulary of 0"),
+        ({"k": 3, "teacher_head": torch.ones(7, 4)}, ValueError, r"teacher_head has shape \(7, 4\), .* d = 5"),
+        ({"k": 3, "teacher_head": kd.Head(torch.ones(7, 5), softcap=-3.0)}, ValueError, "teacher_head.softcap is -3.0"),
+        ({"k": 3, "teacher_head": kd.Head(torch.ones(7, 5), lora_A=torch.ones(2, 5))}, ValueError, "one of lora_A and"),
+        ({"k": 3, "teacher_head": [1.0]}, TypeError, "teacher_head is list"),
+        ({"k": 3, "teacher_head": None, "teacher": torch.ones(4, 0)}, ValueError, "teacher has no token"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):

@@ -125,6 +125,8 @@ void bind_linear_distillation(py::module_& m) {
         check_shape("C", C, A.rows, B.cols);
         if (C.dtype == DType::bfloat16) throw py::type_error("C is bfloat16, but sums are float32 or float64");
         if (C.col_stride != 1 && C.cols > 1) throw py::value_error("the rows of C must be contiguous");
+        if (rounds && (A.dtype == DType::float64 || B.dtype == DType::float64 || C.dtype == DType::float64))
+          throw py::type_error("float64 is not rounded to bfloat16");
         const Isa& isa = current_isa();
         py::gil_scoped_release release;
         isa.linear_distillation->multiply(A, B, C, accumulate, rounds ? isa.bf16 : nullptr, threads);

@@ -280,11 +280,15 @@ def _as_teachers(teachers: Any, student: nn.Module) -> list[LanguageModel]:
         raise TypeError(f"teachers is {type(teachers).__name__}, but must be a model or a list of them")
     if not len(listed):
         raise ValueError("teachers is empty, but must have at least one teacher")
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
     for k, teacher in enumerate(listed):
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"teachers[{k}] is {type(teacher).__name__}, but must be a torch.nn.Module")
         if teacher is student:
             raise ValueError(f"teachers[{k}] is the student itself, but must be a model of its own: copy it")
+        shared = next((name for name, p in teacher.named_parameters() if id(p) in trained), None)
+        if shared is not None:  # such as the base model that get_peft_model put the student's adapters into
+            raise ValueError(f"teachers[{k}] has {shared}, which the student trains: it must be a copy of its own")
     return [LanguageModel(f"teachers[{k}]", teacher) for k, teacher in enumerate(listed)]
 
 

@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from kdkernels.nn.lora_linear import LoRALinear
 from kdkernels.ops.linear_distillation import Head
-from kdkernels.ops.linear_distillation.arguments import check_numbers
+from kdkernels.ops.linear_distillation.head import check_numbers
 
 SERVED = "a torch.nn.Linear, a kdkernels.nn.LoRALinear or PEFT's lora.Linear"
 

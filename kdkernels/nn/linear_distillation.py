@@ -11,7 +11,8 @@ from kdkernels.contract import check_choice, is_whole, show
 from kdkernels.nn.heads import head_of
 from kdkernels.ops.linear_distillation import Head, linear_distillation_loss
 from kdkernels.ops.linear_distillation.api import REDUCTIONS
-from kdkernels.ops.linear_distillation.arguments import Teacher, as_shares, check_range
+from kdkernels.ops.linear_distillation.arguments import Teacher, as_shares
+from kdkernels.ops.linear_distillation.head import check_range
 from kdkernels.ops.linear_distillation.reference import DIVERGENCES, MIXTURES
 from kdkernels.ops.linear_distillation.vocabulary import TRUNCATE, Vocabularies
 

@@ -1,12 +1,10 @@
 """`linear_distillation_loss`: the documented function, its checks and its choice of implementation."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import backend as backends
@@ -16,16 +14,15 @@ from kdkernels.ops.linear_distillation import method as methods
 from kdkernels.ops.linear_distillation import reference, schema, stream
 from kdkernels.ops.linear_distillation.arguments import (
     Teacher,
-    as_head,
     as_shares,
     as_teachers,
     check_labels,
-    check_range,
     check_side,
     names,
     tensors_of,
 )
-from kdkernels.ops.linear_distillation.call import TRAINED, Call, Head, Side, accumulation_dtype, pack
+from kdkernels.ops.linear_distillation.call import TRAINED, Call, Side, accumulation_dtype, pack
+from kdkernels.ops.linear_distillation.head import SMALLEST, Head, as_head, check_range, side_of
 from kdkernels.ops.linear_distillation.top_k import TopKTeacher
 from kdkernels.ops.linear_distillation.vocabulary import Vocabularies, as_maps, common
 from kdkernels.plans import Plans, undisturbed
@@ -83,12 +80,14 @@ def linear_distillation_loss(
         beta: β of the JSD, above 0 and below 1.
         alpha: α, from 0 to 1: the share of the soft targets. Below 1 it needs labels.
         teacher_weights: π, one number of at least 0 for each teacher, 1 in sum; equal shares when None. A teacher of
-            weight 0 costs nothing.
+            weight 0 costs nothing, and need not have the tokens that all others have. A tensor is read, which waits
+            for its device and ends a compiled graph.
         mixture: `"arithmetic"` or `"geometric"`.
         vocab_map: for vocabularies of different size or order: (V,) integers, for each token of the student that of the
-            teacher, −1 where it has none; or a list of these or None, one for each teacher. `"truncate"` says that
-            the first tokens are the same. p and q are then distributions over the tokens that all have, each
-            renormalised; the others have no gradient from D. The cross-entropy is over all of the student's.
+            teacher, negative where it has none; one that is named twice counts twice. Or a list of these or None, one
+            for each teacher. `"truncate"` says that the first tokens are the same. p and q are then distributions over
+            the tokens that all have, each renormalised; the others have no gradient from D. The cross-entropy is over
+            all of the student's.
         weights: (...), of either sign, one per point; a mask may be boolean. A point of weight 0 does not count: what
             it holds, NaN included, reaches neither the loss nor a gradient. No gradient flows into weights.
         ignore_index: see labels.
@@ -99,7 +98,8 @@ def linear_distillation_loss(
             cannot serve raises.
 
     Logits are float32 whatever the dtype of states and heads (float64 where any is float64), and so is the loss;
-    gradients have their argument's dtype. The accelerated backends hold the logits of a block of points at a time:
+    gradients have their argument's dtype. float16 on the CPU is the reference's, whose logits are all there; the other
+    backends hold the logits of a block of points at a time:
     memory does not grow with the number of points. They are differentiable once, backwards; the reference any way.
 
     Raises:
@@ -155,19 +155,21 @@ def prepare(
     plan = PLANS.find((*flat, labels, weights), key, decide)
     N = prod(plan.leading)
     if weights is not None:
-        weights = weights.reshape(N).to(plan.dtype)
+        weights = weights.reshape(N)
     if labels is not None:
         labels = labels.reshape(N).long().contiguous()
         counts = labels != ignore_index
         weights = counts.to(plan.dtype) if weights is None else torch.where(counts, weights, 0)
-    own = _side(student, head, N, plan.cast, weights)
+    if weights is not None and plan.mean and not plan.late:
+        wide = weights.double()  # the sum of large weights is beyond float32, and small ones are not nothing
+        weights = wide / nonzero(wide.sum())
+    weights = None if weights is None else weights.to(plan.dtype)
+    own = side_of(student, head, N, plan.cast, weights)
     sides = [_teacher_side(x, h, N, plan.cast, share) for (x, h), share in zip(teachers, shares, strict=True)]
     maps = as_maps(vocab_map, len(sides))
-    served = [k for k, side in enumerate(sides) if side.share > 0]  # 0 · −∞ is no number, and costs as much
+    served = [k for k, side in enumerate(sides) if side.share > SMALLEST]  # 0 · −∞ is no number, and costs as much
     sides, excluded = common(own.vocabulary, sides, maps, served, own.states, plan.dtype)
     divisor = max(N, 1) if plan.mean and weights is None and not plan.late else 1
-    if plan.mean and weights is not None and not plan.late:
-        weights = weights / nonzero(weights.sum())
     call = Call(
         own, sides, excluded, labels, weights, divergence, mixture, float(temperature), float(beta), float(alpha),
         divisor, plan.dtype,
@@ -215,41 +217,17 @@ def _divided(total: Tensor, call: Call, plan: _Plan) -> Tensor:
     return total / (max(prod(plan.leading), 1) if call.weights is None else nonzero(call.weights.sum()))
 
 
-def _side(x: Tensor, head: Head | None, N: int, cast: torch.dtype | None, weights: Tensor | None = None) -> Side:
-    """The operands of hidden states and head, or of logits, with one leading dimension."""
-    x = x.reshape(N, x.shape[-1])
-    if head is None:
-        return Side(x, vocabulary=x.shape[-1])
-    weight, low = head.weight, None
-    if cast is not None:
-        x, weight = (y if y.dtype is torch.float64 else y.to(cast) for y in (x, weight))
-    if head.lora_A is not None:
-        # its gradients are autograd's, which would meet the NaN of a point that does not count
-        points = x if weights is None else torch.where((weights != 0)[:, None], x, 0)
-        low = _adapted(points, head, head.lora_A)
-    return Side(
-        x, weight, head.bias, low, head.lora_B, scale=float(head.scale), softcap=float(head.softcap or 0),
-        vocabulary=weight.shape[0],
-    )  # fmt: skip
-
-
-def _adapted(x: Tensor, head: Head, lora_A: Tensor) -> Tensor:
-    """(N, r): scaling · x̂ Aᵀ of an adapter, which stays precise under autocast."""
-    wide = accumulation_dtype(x, lora_A)
-    with nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
-        return head.scaling * F.linear(F.dropout(x.to(wide), head.dropout_p), lora_A.to(wide))
-
-
 def _teacher_side(x: Teacher, head: Head | None, N: int, cast: torch.dtype | None, share: float) -> Side:
     if isinstance(x, TopKTeacher):
         return Side(
-            x.log_probs.detach().reshape(N, x.k), indices=x.indices.reshape(N, x.k), share=share,
+            x.log_probs.detach().reshape(N, x.k), indices=x.indices.reshape(N, x.k),
+            rest=None if x.rest is None else x.rest.detach().reshape(N), share=share,
             spread=float(x.tail == "uniform"), vocabulary=x.vocabulary,
         )  # fmt: skip
     if head is not None:
         weight, bias, lora_A, lora_B = (None if y is None else y.detach() for y in head[:4])
         head = Head(weight, bias, lora_A, lora_B, *head[4:])  # type: ignore[arg-type]
-    return _side(x.detach(), head, N, cast)._replace(share=share)
+    return side_of(x.detach(), head, N, cast)._replace(share=share)
 
 
 def _explain(**a: Any) -> backends.Explanation:

@@ -1,27 +1,17 @@
 """What a user passes to `linear_distillation_loss`, brought into one form, or refused by name."""
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.contract import Contract, show
-from kdkernels.ops.linear_distillation.call import Head
+from kdkernels.contract import show
+from kdkernels.ops.linear_distillation.head import Head, as_head, check_head
 from kdkernels.ops.linear_distillation.top_k import TopKTeacher
 
 Teacher = Tensor | TopKTeacher
 SUM_SLACK = 1e-4  # by which teacher_weights may miss a sum of 1
-
-
-def as_head(name: str, head: Any) -> Head | None:
-    """Raises TypeError for what is no head."""
-    if head is None or isinstance(head, Head):
-        return head
-    if isinstance(head, Tensor):
-        return Head(head)
-    raise TypeError(f"{name} is {type(head).__name__}, but must be a torch.Tensor, a kdkernels.Head or None")
 
 
 def as_teachers(teachers: Any, heads: Any) -> list[tuple[Teacher, Head | None]]:
@@ -76,7 +66,7 @@ def tensors_of(student: Tensor, head: Head | None, teachers: Sequence[tuple[Teac
     """All tensors that a plan depends on."""
     found: list[Any] = [student, *(head or ())[:4]]
     for x, h in teachers:
-        found += [x.log_probs, x.indices] if isinstance(x, TopKTeacher) else [x]
+        found += [x.log_probs, x.indices, x.rest] if isinstance(x, TopKTeacher) else [x]
         found += (h or ())[:4]
     return found
 
@@ -89,19 +79,7 @@ def check_side(
         if head is not None:
             raise ValueError(f"{head_name} was given, but {name} is a TopKTeacher, which has no head: it must be None")
         name, x = f"{name}.log_probs", x.log_probs
-    shapes, tensors = {name: "... d" if head is not None else "... V"}, {name: x}
-    if head is not None:
-        bare = all(value is None for value in head[1:4])
-        for field, shape in zip(Head._fields[:4], ("V d", "V?", "r d?", "V r?"), strict=True):
-            full = head_name if field == "weight" and bare else f"{head_name}.{field}"
-            shapes[full], tensors[full] = shape, getattr(head, field)
-        check_numbers(head_name, head)
-    if weights is not None:
-        shapes["weights"], tensors["weights"] = "...", weights
-    sizes = Contract(**shapes).bind(tensors)
-    if sizes["V"] < 1:
-        raise ValueError(f"{head_name if head is not None else name} has no token, but must have at least one")
-    leading = sizes["..."]
+    leading = check_head(name, head_name, x, head, weights)["..."]
     if like is not None:
         if leading != like[0]:
             raise ValueError(
@@ -110,32 +88,6 @@ def check_side(
         if x.device != like[1]:
             raise ValueError(f"{name} is on {x.device}, but student is on {like[1]}: one device, please")
     return leading
-
-
-def check_numbers(name: str, head: Head) -> None:
-    if (head.lora_A is None) != (head.lora_B is None):
-        raise ValueError(f"{name} has one of lora_A and lora_B, but must have both or neither")
-    if head.lora_A is not None and head.lora_A.shape[0] < 1:
-        raise ValueError(f"{name}.lora_A has shape {show(head.lora_A.shape)}, but must have a rank of at least 1")
-    largest = float("inf")
-    check_range(f"{name}.scaling", head.scaling, -largest, largest, "finite")
-    if not 0 <= number(f"{name}.dropout_p", head.dropout_p) < 1:
-        raise ValueError(f"{name}.dropout_p is {head.dropout_p}, but must be at least 0 and below 1")
-    check_range(f"{name}.scale", head.scale, 0, largest, "above 0 and finite")
-    if head.softcap is not None:
-        check_range(f"{name}.softcap", head.softcap, 0, largest, "above 0 and finite, or None")
-
-
-def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {type(value).__name__}, but must be a number")
-    return float(value)
-
-
-def check_range(name: str, value: Any, low: float, high: float, what: str, closed: bool = False) -> None:
-    x = number(name, value)
-    if not (low <= x <= high if closed else low < x < high):
-        raise ValueError(f"{name} is {value}, but must be {what}")
 
 
 def check_labels(labels: Any, leading: tuple[int, ...], device: torch.device) -> None:

@@ -13,29 +13,6 @@ from torch import Tensor
 from kdkernels.contract import resolved
 
 
-class Head(NamedTuple):
-    """What makes logits of hidden states h: softcap · tanh(scale · (h Wᵀ + b + scaling · (ĥ Aᵀ) Bᵀ) / softcap).
-
-    Attributes:
-        weight: (V, d), as in `torch.nn.Linear`.
-        bias: (V,). An entry of −∞ takes its token out.
-        lora_A, lora_B: (r, d) and (V, r), an adapter that is not merged; both or neither.
-        scaling: of the adapter.
-        dropout_p: of the adapter's input ĥ, from torch's generator; 0 while evaluating.
-        scale: of the logits (Cohere's `logit_scale`, 1 over Granite's `logits_scaling`), above 0.
-        softcap: of the logits (Gemma 2's `final_logit_softcapping`), above 0; None for no cap.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    scaling: float = 1.0
-    dropout_p: float = 0.0
-    scale: float = 1.0
-    softcap: float | None = None
-
-
 class Side(NamedTuple):
     """The student or one teacher, as implementations see it."""
 
@@ -45,6 +22,7 @@ class Side(NamedTuple):
     low: Tensor | None = None  # (N, r): scaling · ĥ Aᵀ
     low_head: Tensor | None = None  # (V, r): B
     indices: Tensor | None = None  # (N, k): the tokens of log-probabilities
+    rest: Tensor | None = None  # (N,): the logarithm of what all other tokens have together, if it is known
     columns: Tensor | None = None  # (V_student,): a teacher's token for each of the student's, those without one aside
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
@@ -68,7 +46,7 @@ class Side(NamedTuple):
         return self.states.shape[1] if self.weight is None else self.weight.shape[0]
 
 
-TENSORS = 7  # of a side; the rest are numbers
+TENSORS = 8  # of a side; the rest are numbers
 NUMBERS = len(Side._fields) - TENSORS
 TRAINED = 5  # the first tensors of the student have gradients
 COMMON = 3  # numbers before those of the sides

@@ -84,8 +84,8 @@ def tails(log_probs: Tensor, side: Side) -> Tensor:
     others = side.vocabulary - log_probs.shape[1]
     if not side.spread or others < 1:
         return torch.full_like(log_probs[:, 0], NONE)
-    left = (1 - log_probs.double().exp().sum(1)).clamp(min=0)
-    return (left.log() - log(others)).to(log_probs.dtype)
+    left = (1 - log_probs.double().exp().sum(1)).clamp(min=0).log() if side.rest is None else side.rest.double()
+    return (left - log(others)).to(log_probs.dtype)
 
 
 def log_target(call: Call, V: int, dtype: torch.dtype) -> Tensor:

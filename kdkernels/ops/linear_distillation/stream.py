@@ -141,7 +141,7 @@ class _Rooms:
         """The first columns of a side's raw logits."""
         x, width = _take(side.states, block), out.shape[1]
         if side.indices is not None:
-            _spread(x, side._replace(indices=_take(side.indices, block)), out)
+            _spread(x, side._replace(indices=_take(side.indices, block), rest=_take(side.rest, block)), out)
         elif side.weight is None:
             out.copy_(x[:, :width])
         else:
@@ -156,7 +156,7 @@ class _Trained:
 
     def __init__(self, call: Call, kernels: Kernels, grads: Sequence[Tensor | None]) -> None:
         student = call.student
-        self.student, self.kernels, self.grads = student, kernels, grads
+        self.student, self.kernels, self.grads, self.dtype = student, kernels, grads, call.dtype
         wanted = any(g is not None for g in grads)
         narrow = student.weight is not None and student.weight.dtype is student.states.dtype
         self.gradient_dtype = (student.states.dtype if narrow else call.dtype) if wanted else None
@@ -185,10 +185,10 @@ class _Trained:
         if weight is None:
             out[block] = gradient.to(out.dtype)
             return
-        exact = out.dtype is _wide(out.dtype) or out.dtype is gradient.dtype is weight.dtype
+        exact = out.dtype is self.dtype or out.dtype is gradient.dtype is weight.dtype
         direct = isinstance(block, slice) and exact
         n, d = gradient.shape[0], weight.shape[1]
-        to = out[block] if direct else out.new_empty((n, d), dtype=_wide(out.dtype))
+        to = out[block] if direct else out.new_empty((n, d), dtype=self.dtype)
         self.kernels.multiply(gradient, weight, to)
         if not direct:
             out[block] = to.to(out.dtype)
@@ -196,10 +196,6 @@ class _Trained:
     def finish(self) -> None:
         for total in self.sums:
             total.finish()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _counted(call: Call, kernels: Kernels) -> Tensor | None:
@@ -269,13 +265,17 @@ def _bias(side: Side, V: int) -> Tensor | None:
 
 def _spread(log_probs: Tensor, side: Side, out: Tensor) -> None:
     """The first columns of the logits that top-k log-probabilities stand for."""
-    if out.shape[1] < side.vocabulary:
-        out.copy_(reference.from_top_k(log_probs.to(out.dtype), side)[:, : out.shape[1]])
-        return
-    log_probs = log_probs.to(out.dtype)
-    out.copy_(reference.tails(log_probs, side)[:, None].expand_as(out))
     assert side.indices is not None
-    out.scatter_(1, side.indices.long(), log_probs)
+    log_probs, places = log_probs.to(out.dtype), side.indices.long()
+    tails = reference.tails(log_probs, side)[:, None]
+    out.copy_(tails.expand_as(out))
+    if out.shape[1] == side.vocabulary:
+        out.scatter_(1, places, log_probs)
+        return
+    # what is beyond goes to the first column, which is then put right
+    out.scatter_(1, torch.where(places < out.shape[1], places, 0), log_probs)
+    first = torch.where(places == 0, log_probs, reference.NONE).amax(1, keepdim=True)
+    out[:, :1] = torch.where((places == 0).any(1, keepdim=True), first, tails)
 
 
 def _take(x: Any, block: Block) -> Any:

@@ -2,25 +2,30 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.contract import Contract, check_choice, check_count, is_whole, show
-from kdkernels.ops.linear_distillation.call import Head, Side, accumulation_dtype
-from kdkernels.ops.linear_distillation.reference import logits
+from kdkernels.contract import check_choice, check_count, is_whole, show
+from kdkernels.ops.linear_distillation.call import accumulation_dtype
+from kdkernels.ops.linear_distillation.head import Head, as_head, check_head, side_of
+from kdkernels.ops.linear_distillation.reference import NONE, logits
 
 TAILS = ("uniform", "renormalise")
 FORMAT = "kdkernels.topk_teacher/1"
+MOST = 2**31 - 1  # tokens of a vocabulary
 ROOM = 64 * 2**20  # bytes of logits at a time
-SLACK = 1e-3  # by which rounded probabilities may add up to more than 1
+SLACK = 0.05  # by which probabilities may add up to more than 1: logarithms may once have been bfloat16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopKTeacher:
     """Log-probabilities of the k most probable tokens of each point, a teacher of `linear_distillation_loss`.
 
@@ -28,6 +33,8 @@ class TopKTeacher:
         log_probs: (..., k), at temperature 1, natural logarithms; floating-point, of numbers that add up to 1 at most.
         indices: (..., k) int32 or int64, the tokens; each at most once in a point.
         vocabulary: V of the teacher.
+        rest: (...), the logarithm of what all other tokens have together. None: 1 less the sum, which float32
+            cannot tell from 0 where the teacher is certain to seven digits.
         tail: what becomes of the rest of the probability. `"uniform"` spreads it evenly over the other tokens;
             `"renormalise"` gives the others none, and the k what they have over their sum.
 
@@ -42,6 +49,7 @@ class TopKTeacher:
     indices: Tensor
     vocabulary: int
     tail: str = "uniform"
+    rest: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -51,6 +59,21 @@ class TopKTeacher:
         """How many tokens of each point are known."""
         return self.log_probs.shape[-1]
 
+    def __getitem__(self, points: Any) -> "TopKTeacher":
+        """Of some of the points, by what indexes the leading dimensions: a batch of an epoch."""
+        return self._with(*(None if x is None else x[points] for x in (self.log_probs, self.indices, self.rest)))
+
+    def to(self, device: torch.device | str) -> "TopKTeacher":
+        """On another device."""
+        tensors = (self.log_probs, self.indices, self.rest)
+        return self._with(*(None if x is None else x.to(device) for x in tensors))
+
+    def _with(self, log_probs: Any, indices: Any, rest: Any) -> "TopKTeacher":
+        """What was checked is not checked again."""
+        found = object.__new__(TopKTeacher)
+        found.__dict__.update(vars(self) | {"log_probs": log_probs, "indices": indices, "rest": rest})
+        return found
+
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file (needs the package `safetensors`), whole or not at all.
 
@@ -58,22 +81,25 @@ class TopKTeacher:
             path: an existing file is replaced.
             metadata: what else to keep in the file's header, such as the teacher's name.
         """
-        save = _safetensors().torch.save
         kept = {"format": FORMAT, "vocabulary": str(self.vocabulary), "tail": self.tail}
-        tensors = {"log_probs": self.log_probs, "indices": self.indices}
-        content = save(
-            {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, kept | dict(metadata or {}) | kept
-        )
+        tensors = {"log_probs": self.log_probs, "indices": self.indices, "rest": self.rest}
+        present = {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None}
+        content = _safetensors().torch.save(present, dict(metadata or {}) | kept)
         target = Path(path)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"{target.parent} is no folder, but {target.name} was to be written there")
+        # a name of its own for each writer, and the rights that a file is made with
+        descriptor, temporary = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".tmp", dir=target.parent)
         try:
-            with temporary.open("wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TopKTeacher":
@@ -90,13 +116,16 @@ class TopKTeacher:
             kept = header.get("__metadata__", {})
         except (_safetensors().SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is no safetensors file, or was cut short: {error}") from error
-        if kept.get("format") != FORMAT or set(tensors) != {"log_probs", "indices"}:
+        if kept.get("format") != FORMAT or {"log_probs", "indices"} - set(tensors):
             raise ValueError(
                 f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, but is no file of TopKTeacher.save"
             )
+        size = kept.get("vocabulary", "")
         try:
-            return cls(tensors["log_probs"], tensors["indices"], int(kept["vocabulary"]), kept["tail"])
-        except (TypeError, ValueError, KeyError) as error:
+            if not (size.isdecimal() and len(size) < 12):
+                raise ValueError(f"vocabulary is {size!r}, but must be a whole number")
+            return cls(tensors["log_probs"], tensors["indices"], int(size), kept.get("tail", ""), tensors.get("rest"))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -121,42 +150,32 @@ def topk_teacher(
     """
     check_count("k", k)
     check_choice("tail", tail, TAILS)
-    head = teacher_head if isinstance(teacher_head, Head) or teacher_head is None else Head(teacher_head)
-    tensors: dict[str, Any] = {"teacher": teacher}
-    if head is not None:
-        tensors |= {f"teacher_head.{name}": getattr(head, name) for name in ("weight", "bias", "lora_A", "lora_B")}
-    shapes = ("... d_t", "V d_t", "V?", "r d_t?", "V r?")
-    sizes = Contract(**dict(zip(tensors, shapes, strict=False))).bind(tensors)
-    V = sizes["d_t"] if head is None else sizes["V"]
-    if V < 1:
-        raise ValueError(f"teacher has a vocabulary of {V}, but must have at least one token")
-    points = teacher.reshape(-1, teacher.shape[-1]) if teacher.numel() else teacher.new_empty(0, teacher.shape[-1])
-    dtype = accumulation_dtype(*tensors.values())
+    head = as_head("teacher_head", teacher_head)
+    sizes = check_head("teacher", "teacher_head", teacher, head)
+    V, leading = sizes["V"], sizes["..."]
+    points = teacher.reshape(prod(leading), teacher.shape[-1])
+    dtype = accumulation_dtype(teacher, *(head or ())[:4])
+    if head is not None:  # once, not for each block
+        held = [None if x is None else x.to(dtype) for x in head[:4]]
+        head = Head(*held, head.scaling, 0.0, head.scale, head.softcap)  # type: ignore
     k = min(k, V)
     log_probs = teacher.new_empty((len(points), k), dtype=dtype)
     indices = teacher.new_empty((len(points), k), dtype=torch.int32)
-    for start in range(0, len(points), rows := max(1, ROOM // (8 * V))):
-        block = slice(start, start + rows)
-        y = logits(side_of(points[block], head), dtype)
-        best, places = y.topk(k, dim=-1)
-        log_probs[block] = best - y.logsumexp(-1, keepdim=True)
-        indices[block] = places
-    shape = (*sizes["..."], k)
-    return TopKTeacher(log_probs.reshape(shape), indices.reshape(shape), V, tail)
-
-
-def side_of(states: Tensor, head: Head | None) -> Side:
-    """Points (N, d) and their head, without its adapter's dropout."""
-    if head is None:
-        return Side(states, vocabulary=states.shape[-1])
-    low = None
-    if head.lora_A is not None:
-        wide = accumulation_dtype(states, head.lora_A)
-        low = head.scaling * (states.to(wide) @ head.lora_A.to(wide).T)
-    return Side(
-        states, head.weight, head.bias, low, head.lora_B, scale=head.scale, softcap=head.softcap or 0.0,
-        vocabulary=head.weight.shape[0],
-    )  # fmt: skip
+    rest = teacher.new_empty(len(points), dtype=dtype)
+    rows = max(1, ROOM // (8 * V))
+    device = teacher.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        for start in range(0, len(points), rows):
+            block = points[start : start + rows]
+            y = logits(side_of(block.to(dtype), head, len(block), None), dtype)
+            best, places = y.topk(k, dim=-1)
+            all_of_it = y.logsumexp(-1, keepdim=True)
+            log_probs[start : start + rows] = best - all_of_it
+            indices[start : start + rows] = places
+            y.scatter_(1, places, NONE)
+            rest[start : start + rows] = (y.logsumexp(-1, keepdim=True) - all_of_it)[:, 0]
+    shape = (*leading, k)
+    return TopKTeacher(log_probs.reshape(shape), indices.reshape(shape), V, tail, rest.reshape(leading))
 
 
 def _check(teacher: TopKTeacher) -> None:
@@ -169,20 +188,27 @@ def _check(teacher: TopKTeacher) -> None:
         raise TypeError(f"log_probs has dtype {log_probs.dtype}, but must be floating-point")
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices has dtype {indices.dtype}, but must be int32 or int64")
-    if not (is_whole(V) and V >= 1):
-        raise ValueError(f"vocabulary is {V!r}, but must be a whole number of at least 1")
+    if not (is_whole(V) and 1 <= V <= MOST):
+        raise ValueError(f"vocabulary is {V!r}, but must be a whole number from 1 to {MOST}")
     if log_probs.shape != indices.shape or log_probs.dim() < 1:
         raise ValueError(
             f"log_probs has shape {show(log_probs.shape)} and indices {show(indices.shape)}, but both must be (..., k)"
         )
     if not 1 <= log_probs.shape[-1] <= V:
         raise ValueError(f"log_probs has k = {log_probs.shape[-1]}, but must have 1 to {V}, the vocabulary")
+    rest = teacher.rest
+    if rest is not None:
+        if not (isinstance(rest, Tensor) and rest.is_floating_point()):
+            raise TypeError("rest must be a floating-point torch.Tensor or None")
+        if rest.shape != log_probs.shape[:-1]:
+            raise ValueError(f"rest has shape {show(rest.shape)}, but must be {show(log_probs.shape[:-1])}")
     if not log_probs.numel() or log_probs.device.type == "meta":
         return
-    if log_probs.isnan().any():
-        raise ValueError("log_probs holds NaN")
+    for name, numbers in (("log_probs", log_probs), ("rest", rest)):
+        if numbers is not None and numbers.isnan().any():
+            raise ValueError(f"{name} holds NaN")
     sums = log_probs.double().exp().sum(-1)
-    if (log_probs > SLACK).any() or (sums > 1 + SLACK).any():
+    if (sums > 1 + SLACK).any() or (rest is not None and (sums + rest.double().exp() > 1 + SLACK).any()):
         raise ValueError(
             f"log_probs are of probabilities that add up to {sums.max().item():.4g}, but must not exceed 1"
         )
@@ -202,3 +228,10 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise ImportError("a TopKTeacher's file needs the package safetensors: pip install safetensors") from error
     return safetensors
+
+
+def _umask() -> int:
+    """What new files' rights leave out; it can only be read by setting it."""
+    found = os.umask(0o022)
+    os.umask(found)
+    return found

@@ -13,8 +13,9 @@ from torch import Tensor
 from kdkernels.losses import nonzero
 from kdkernels.ops.linear_distillation import Head, TopKTeacher, linear_distillation_loss, schema, topk_teacher
 from kdkernels.ops.linear_distillation.api import OPTIONS, prepare
-from kdkernels.ops.linear_distillation.arguments import as_head, as_teachers
+from kdkernels.ops.linear_distillation.arguments import as_teachers
 from kdkernels.ops.linear_distillation.call import Call, pack
+from kdkernels.ops.linear_distillation.head import as_head
 from kdkernels.ops.linear_distillation.reference import losses
 from kdkernels.testing.compare import Outcome, incoming
 
@@ -49,7 +50,10 @@ class Inputs:
             return x.detach().to(device=device, dtype=dtype if x.is_floating_point() else None) if _tensor(x) else x
 
         def teacher(x: Any) -> Any:
-            return moved(x) if _tensor(x) else replace(x, log_probs=moved(x.log_probs), indices=moved(x.indices))
+            if _tensor(x):
+                return moved(x)
+            tensors = {name: moved(getattr(x, name)) for name in ("log_probs", "indices", "rest")}
+            return replace(x, **tensors)
 
         maps = self.vocab_map
         return replace(
@@ -261,7 +265,8 @@ def eager_pointwise(inputs: Inputs, trained: Trained) -> Tensor:
         return None if x is None else x[counts]
 
     def side(one: Any) -> Any:
-        return one._replace(states=one.states[counts], low=picked(one.low), indices=picked(one.indices))
+        each = {name: picked(getattr(one, name)) for name in ("states", "low", "indices", "rest")}
+        return one._replace(**each)
 
     few = call._replace(student=side(call.student), teachers=list(map(side, call.teachers)), labels=picked(call.labels))
     found = losses(few, inputs.dtype)

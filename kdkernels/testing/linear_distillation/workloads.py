@@ -233,7 +233,7 @@ def on_a_cpu() -> dict[str, Shape]:
         "forward KL, Whisper tiny from large, float32": Shape(**whisper),
         "forward KL, Whisper tiny from large, bfloat16": Shape(**whisper, dtype=torch.bfloat16),
         "JSD, Whisper tiny from large, float32": Shape(**whisper, divergence="jsd"),
-        "forward KL, three teachers, float32": Shape(**{**whisper, "N": 1024, "d_t": (768, 1024, 1280)}),
+        "forward KL, three teachers, float32": Shape(**{**whisper, "d_t": (768, 1024, 1280)}),
         "forward KL, frozen head, float32": Shape(**whisper, frozen_head=True),
         "forward KL, small: N=64, V=512, float32": Shape(64, 512, 64, (96,)),
     }
