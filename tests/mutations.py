@@ -100,7 +100,7 @@ NATIVE_KERNELS = [
     Mutation("largest", DISTILLATION, "most = most < v ? v : most;", "most = v;"),
     Mutation("Part", DISTILLATION, "return x.at(j) * share + offset;", "return x.at(j) + offset;"),
     Mutation("absorb", DISTILLATION, "write(to + j, count, first ? x : mixed", "write(to + j, count, true ? x : mixed"),
-    Mutation("element", DISTILLATION, "const Vector<T> w = q == zero ? zero : q * (log_q - log_p);", "const Vector<T> w = q == zero ? zero : q * (log_p - log_q);"),
+    Mutation("element", DISTILLATION, "const Vector<T> slope = q == zero ? zero : log_q - log_p;", "const Vector<T> slope = q == zero ? zero : log_p - log_q;"),
     Mutation("diverge_row", DISTILLATION, "g *= (1 - u) * (1 + u);", "g *= 1 - u;"),
     Mutation("diverge", DISTILLATION, "for (int64_t i = 0; i < x.rows; ++i)\n      sum +=", "for (int64_t i = 1; i < x.rows; ++i)\n      sum +="),
     Mutation("project", LOW_RANK, "out[(i + q) * r + s * cols + c] = scale * sums[q * cols + c];", "out[(i + q) * r + s * cols + c] = sums[q * cols + c];"),

@@ -267,6 +267,15 @@ def test_options_are_checked(options, message):
         Distillation(**options)
 
 
+def test_a_teacher_that_the_student_trains_is_refused(trainer):
+    """get_peft_model puts the adapters into the base itself, which would then be its own teacher, at a loss of 0."""
+    peft = pytest.importorskip("peft")
+    base = build(LLAMA)
+    student = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"teachers\[0\] has .*lora_A.*, which the student trains"):
+        trainer(student, base)
+
+
 def test_arguments_are_checked(trainer):
     student, teacher = build(LLAMA), build(LLAMA, 40, seed=1)
     headless = transformers.LlamaModel(student.config)

@@ -165,28 +165,27 @@ void absorb(const LinearDistillation& p, const Logits& teacher, bool first, int 
 
 // ---- the divergence -----------------------------------------------------------------------------------------------
 
-// A column's part of the loss, and w.
+// A column's part of the loss, q, and ∂/∂q of the divergence.
 template <class T>
 struct Element {
-  Vector<T> loss, w;
+  Vector<T> loss, q, slope;
 };
 
 template <Divergence kind, class T>
 inline Element<T> element(Vector<T> log_p, Vector<T> log_q, T beta, T log_beta, T log_rest) {
   const Vector<T> zero{}, p = exp_negative(log_p), q = exp_negative(log_q);
-  if constexpr (kind == Divergence::forward_kl) return {p == zero ? zero : p * (log_p - log_q), -p};
   if constexpr (kind == Divergence::reverse_kl) {
-    const Vector<T> w = q == zero ? zero : q * (log_q - log_p);
-    return {w, w};
+    const Vector<T> slope = q == zero ? zero : log_q - log_p;
+    return {q * slope, q, slope};
   }
   if constexpr (kind == Divergence::jsd) {
     const Vector<T> log_m = log_add<T>(log_p + log_beta, log_q + log_rest);
-    const Vector<T> w = q == zero ? zero : (1 - beta) * q * (log_q - log_m);
-    return {(p == zero ? zero : beta * p * (log_p - log_m)) + w, w};
+    const Vector<T> slope = q == zero ? zero : (1 - beta) * (log_q - log_m);
+    return {(p == zero ? zero : beta * p * (log_p - log_m)) + q * slope, q, slope};
   }
-  const Vector<T> difference = q - p, half = all<T>(0.5) * q;
-  const Vector<T> w = difference == zero ? zero : difference < zero ? -half : half;
-  return {all<T>(0.5) * (difference < zero ? -difference : difference), difference == difference ? w : difference};
+  const Vector<T> difference = q - p, half = all<T>(0.5);
+  const Vector<T> sign = difference < zero ? -half : difference > zero ? half : difference;  // NaN stays
+  return {sign * difference, q, sign};
 }
 
 template <Divergence kind, class T>
@@ -224,19 +223,20 @@ void diverge_row(const LinearDistillation& p, const Logits& teacher, int64_t i, 
   const double log_q = __builtin_log(sums[0]), log_p = __builtin_log(sums[1]);
   q.log_sum = static_cast<T>(log_q);
   target.log_sum = static_cast<T>(log_p);
-  double divergence = sums[2] / sums[1] - log_p + log_q, W = -1;
+  double divergence = sums[2] / sums[1] - log_p + log_q, mean = 0;  // mean = Σ q slope
   if constexpr (kind != Divergence::forward_kl) {
     const T beta = static_cast<T>(p.beta), log_beta = static_cast<T>(__builtin_log(p.beta)),
             log_rest = static_cast<T>(__builtin_log1p(-p.beta));
-    double found[2];
-    sum_over<2, T>(cols, found, [&](int64_t j, Vector<T>* sum) {
+    double found[3];
+    sum_over<3, T>(cols, found, [&](int64_t j, Vector<T>* sum) {
       const Element<T> e = element<kind, T>(target.log_at(j), q.log_at(j), beta, log_beta, log_rest);
       sum[0] += e.loss;
-      sum[1] += e.w;
-      *reinterpret_cast<Vector<T>*>(t + j) = e.w;
+      sum[1] += e.q * e.slope;
+      sum[2] += e.q;
+      *reinterpret_cast<Vector<T>*>(t + j) = e.slope;
     });
     divergence = found[0];
-    W = found[1];
+    mean = found[1] / found[2];  // so that gradients sum to 0 as if q summed to 1
   }
 
   // hard labels: at temperature 1, of all columns
@@ -250,20 +250,24 @@ void diverge_row(const LinearDistillation& p, const Logits& teacher, int64_t i, 
     loss += (1 - p.alpha) * (log_sum - (double(y[label]) - own.top));
   }
   loss *= weight;
-  if (p.losses) write_row(p.losses, i, &loss);
+  if (p.losses)
+    with_type(p.losses.dtype,
+              [&]<class S>(S*) { store(static_cast<S*>(p.losses.data) + i * p.losses.row_stride, loss); });
   if (!p.gradient) return;
 
   T* to = static_cast<T*>(p.student.rows.data) + i * p.student.rows.row_stride;
   const T soft_weight = static_cast<T>(weight * p.alpha * p.temperature),
           hard_weight = static_cast<T>(weight * (1 - p.alpha));
-  const T all_w = static_cast<T>(W), cap = static_cast<T>(p.student.softcap), scale = static_cast<T>(p.student.scale);
+  const T all_slopes = static_cast<T>(mean), cap = static_cast<T>(p.student.softcap),
+          scale = static_cast<T>(p.student.scale);
   each_vector<T>(V, [&](int64_t j, int64_t count) {
     Vector<T> g{};
     if (soft) {
       const Vector<T> probability = exp_negative(q.log_at(j));
-      const Vector<T> w =
-          kind == Divergence::forward_kl ? -exp_negative(target.log_at(j)) : *reinterpret_cast<const Vector<T>*>(t + j);
-      g = soft_weight * (w - probability * all_w);
+      if constexpr (kind == Divergence::forward_kl)
+        g = soft_weight * (probability - exp_negative(target.log_at(j)));
+      else  // a slope less the mean first: where the student is certain, they nearly cancel
+        g = soft_weight * (probability * (*reinterpret_cast<const Vector<T>*>(t + j) - all_slopes));
     }
     if (hard) {
       g += hard_weight * exp_negative(own.log_at(j));

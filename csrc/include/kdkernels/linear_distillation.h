@@ -4,12 +4,12 @@
 // columns that are not excluded,
 //   log q = log softmax(y_student/T)
 //   log p = log Σ π_k softmax(y_k/T)  (arithmetic)  or  log softmax(Σ π_k y_k/T)  (geometric)
-//   forward_kl  Σ p (log p − log q)                               w = −p
-//   reverse_kl  Σ q (log q − log p)                               w = q (log q − log p)
-//   jsd         Σ β p (log p − log m) + (1 − β) q (log q − log m)   w = (1 − β) q (log q − log m),  m = β p + (1 − β) q
-//   tvd         ½ Σ |p − q|                                       w = ½ sign(q − p) q
-// with w = q ∂/∂q, so that ∂/∂(y/T) = w − q Σ w. The loss of a point is weight·(α T² divergence + (1 − α)
-// cross-entropy), the latter at temperature 1 over all columns.
+//   forward_kl  Σ p (log p − log q)
+//   reverse_kl  Σ q (log q − log p)                               u = log q − log p
+//   jsd         Σ β p (log p − log m) + (1 − β) q (log q − log m)   u = (1 − β) (log q − log m),  m = β p + (1 − β) q
+//   tvd         ½ Σ |p − q|                                       u = ½ sign(q − p)
+// with u = ∂/∂q, so that ∂/∂(y/T) = q (u − Σ q u); for forward_kl q − p. The loss of a point is
+// weight·(α T² divergence + (1 − α) cross-entropy), the latter at temperature 1 over all columns.
 #pragma once
 
 #include "../../common/tensor.h"
