@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import sliced, transposed
 from test_linear_distillation import BACKENDS, DTYPES, every_divergence, everywhere, loss
 
 import kdkernels as kd
@@ -220,16 +221,6 @@ def test_any_size(backend, N, d_s, V, d_t, K, divergence, plain, given_as):
 
 
 # ---- layout
-
-
-def transposed(x):
-    return x.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def sliced(x):
-    padded = torch.full((2 * x.shape[0], *x.shape[1:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
-    padded[::2, ..., 1:-2] = x
-    return padded[::2, ..., 1:-2]
 
 
 @everywhere

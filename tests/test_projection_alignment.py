@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import sliced, transposed
 
 import kdkernels as kd
 from kdkernels.ops.projection_alignment import schema
@@ -259,16 +260,6 @@ def test_no_autocast_of_float64():
 
 
 # ---- layout
-
-
-def transposed(x):
-    return x.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def sliced(x):
-    padded = torch.full((2 * x.shape[0], *x.shape[1:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
-    padded[::2, ..., 1:-2] = x
-    return padded[::2, ..., 1:-2]
 
 
 @everywhere
