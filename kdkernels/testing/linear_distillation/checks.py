@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = QUICK | {
     "mapped logits": {"K": 2, "vocabulary": "mapped", "given": "logits", "reduction": "sum", "weights": "mask"},
     "huge": {"regime": "huge", "temperature": 0.1},
     "huge and hot": {"regime": "huge", "temperature": 100.0, "labels": True, "alpha": 0.5},
-    "one hot": {"regime": "one hot", "temperature": 0.1},
+    "one hot": {"regime": "one hot", "temperature": 0.1, "seed": 4},
     "unequal shares": {"K": 3, "teacher_weights": (0.7, 0.0, 0.3), "beta": 0.1},
     "frozen head": {"frozen": ("student_head", "bias"), "weights": "signed"},
     "frozen states": {"frozen": ("student", "lora_A", "lora_B"), "reduction": "none"},
