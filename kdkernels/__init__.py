@@ -13,6 +13,7 @@ from kdkernels.ops.hankel import (
     hankel_svd,
 )
 from kdkernels.ops.linear_distillation import Head, TopKTeacher, linear_distillation_loss, topk_teacher
+from kdkernels.ops.linear_recurrence import linear_recurrence
 from kdkernels.ops.lora_linear import LoRA, lora_linear, lora_linear_group
 from kdkernels.ops.projection_alignment import projection_alignment_loss
 from kdkernels.ops.svd import SVD, svd, svdvals
@@ -34,6 +35,7 @@ __all__ = [
     "hankel_singular_values",
     "hankel_svd",
     "linear_distillation_loss",
+    "linear_recurrence",
     "lora_linear",
     "lora_linear_group",
     "nn",

@@ -3,10 +3,14 @@
 from kdkernels.nn.heads import head_of
 from kdkernels.nn.linear_distillation import LinearDistillation
 from kdkernels.nn.lora_linear import LoRALinear
+from kdkernels.nn.lru import LRU, LRUBlock, LRUClassifier
 from kdkernels.nn.projection_alignment import FrozenProjection, ProjectionAlignment, resample_frames
 
 __all__ = [
+    "LRU",
     "FrozenProjection",
+    "LRUBlock",
+    "LRUClassifier",
     "LinearDistillation",
     "LoRALinear",
     "ProjectionAlignment",
