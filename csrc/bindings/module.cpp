@@ -6,6 +6,7 @@ PYBIND11_MODULE(_C, m) {
   kd::bind_common(m);
   kd::bind_hankel(m);
   kd::bind_linear_distillation(m);
+  kd::bind_linear_recurrence(m);
   kd::bind_lora_linear(m);
   kd::bind_projection_alignment(m);
   kd::bind_svd(m);

@@ -9,6 +9,7 @@ namespace kd {
 struct Bf16Tile;
 struct HankelKernels;
 struct LinearDistillationKernels;
+struct LinearRecurrenceKernels;
 struct LoraLinearKernels;
 struct ProjectionAlignmentKernels;
 struct SvdKernels;
@@ -21,6 +22,7 @@ struct Isa {
   const SvdKernels* svd;
   const HankelKernels* hankel;
   const LinearDistillationKernels* linear_distillation;
+  const LinearRecurrenceKernels* linear_recurrence;
   const Bf16Tile* bf16;  // products of bfloat16 numbers by instructions of their own, or null
   int bf16_rate;         // how many times faster than float32's they are, as measured
 };
