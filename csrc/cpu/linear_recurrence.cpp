@@ -210,6 +210,7 @@ struct Share {
 template <class T, bool is_complex, class F>
 void for_shares(const LinearRecurrence& call, int64_t group, int threads, const F& f) {
   const int64_t N = call.states.rows, row = call.order * (is_complex ? 2 : 1);
+  if (!N) return;
   const int64_t groups = ceil_div(N, group), least = kLeast / int64_t(sizeof(T));
   threads = useful_threads(threads, N * (call.steps + 1) * row * 4);
   // as many parts of a row as keep all threads at work; no result depends on it
@@ -223,7 +224,7 @@ void for_shares(const LinearRecurrence& call, int64_t group, int threads, const 
 
 template <class F>
 void with_number(const LinearRecurrence& call, const F& f) {
-  if (!call.states.rows || !call.order) return;
+  if (!call.order) return;
   const auto by_kind = [&]<class T>(T*) {
     call.is_complex ? f.template operator()<T, true>() : f.template operator()<T, false>();
   };
@@ -242,7 +243,7 @@ void backward(const LinearRecurrence& call, const View& grad, const LinearRecurr
   with_number(call, [&]<class T, bool is_complex>() {
     const int64_t row = call.order * (is_complex ? 2 : 1), N = call.states.rows;
     const bool shared = call.Lambda.rows == 1;
-    const int64_t group = shared ? ceil_div(N, kPartials) : 1, groups = ceil_div(N, group);
+    const int64_t group = shared ? max<int64_t>(1, ceil_div(N, kPartials)) : 1, groups = ceil_div(N, group);
     Buffer<double> totals(to.Lambda ? groups * row : 0);
     for_shares<T, is_complex>(call, group, threads, [&](const auto& share, int64_t begin, int64_t end, int64_t index) {
       double* total = to.Lambda ? totals.get() + index * row + share.at : nullptr;

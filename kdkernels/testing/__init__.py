@@ -13,6 +13,7 @@ SUITES = {
     "projection_alignment_loss": "kdkernels.testing.projection_alignment",
     "linear_distillation_loss": "kdkernels.testing.linear_distillation",
     "lora_linear": "kdkernels.testing.lora_linear",
+    "linear_recurrence": "kdkernels.testing.linear_recurrence",
     "svd": "kdkernels.testing.svd",
     "svdvals": "kdkernels.testing.svd",
     "gramian_factors": "kdkernels.testing.hankel",

@@ -1,0 +1,70 @@
+"""What `validate` runs: every implementation × dtype of the recurrence, over all its cases."""
+
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from kdkernels import backend as backends
+from kdkernels.testing.check import FLOAT64_FLOOR, FLOAT64_SHARE, Check, devices
+from kdkernels.testing.compare import Deviation, Outcome, deviations, errors
+from kdkernels.testing.linear_recurrence.inputs import eager, exact, make_inputs, ours
+
+OP = "linear_recurrence"
+
+# Arguments of make_inputs by name; sizes go past the blocks of states, of steps and of sequences that kernels work in.
+QUICK: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "own λ, initial state, reverse": {"own": True, "initial": True, "reverse": True},
+    "near the circle": {"T": 150, "n": 40, "radii": (0.99, 0.999)},
+    "a vector and a part": {"n": 9, "initial": True, "T": 70},
+    "strided": {"strided": True, "reverse": True},
+    "many sequences": {"N": 130, "T": 5, "n": 3, "initial": True},
+}
+CASES: dict[str, dict[str, Any]] = QUICK | {
+    "one step": {"T": 1, "initial": True},
+    "one state": {"n": 1},
+    "no steps": {"T": 0, "initial": True},
+    "no sequences": {"N": 0},
+    "no states": {"n": 0},
+    "growing": {"radii": (1.0, 1.1)},
+    "wide": {"n": 600, "T": 70, "N": 2},
+    "long": {"n": 5, "T": 700, "N": 2, "radii": (0.99, 0.999)},
+    "only λ": {"needs": ("Lambda",), "initial": True},
+    "only the input": {"needs": ("input",)},
+    "only the initial state": {"needs": ("initial_state",), "initial": True},
+    "forward only": {"needs": ()},
+}
+
+
+def checks(quick: bool = False) -> Iterator[Check]:
+    """All that can run on this machine."""
+    for row in backends.TABLE:
+        if row.op != OP:
+            continue
+        for device in devices(row):
+            for dtype in row.dtypes:
+                if dtype in (torch.bfloat16, torch.float16):  # computed in float32
+                    continue
+                for name, arguments in (QUICK if quick else CASES).items():
+                    compare = partial(compare_case, {"dtype": dtype, "device": device} | arguments, row.backend)
+                    yield Check(OP, row.backend, row.methods[0], device, dtype, "scan", name, compare)
+
+
+def compare_case(arguments: dict[str, Any], backend: str) -> list[Deviation]:
+    """Run one case and hold it to its budget."""
+    target, yardstick = expectations(tuple(sorted(arguments.items(), key=lambda item: item[0])))
+    return deviations(ours(make_inputs(**arguments), backend), target, yardstick)
+
+
+@cache
+def expectations(arguments: tuple[tuple[str, Any], ...]) -> tuple[Outcome, dict[str, float]]:
+    """The float64 answer of a case and eager's errors; for float64 those of float32, scaled by the roundings' ratio."""
+    inputs = make_inputs(**dict(arguments))
+    target = exact(inputs)
+    if inputs.input.real.dtype is not torch.float64:
+        return target, errors(eager(inputs), target)
+    narrow = inputs.to(torch.float32)
+    found = errors(eager(narrow), exact(narrow))
+    return target, {name: error * FLOAT64_SHARE + FLOAT64_FLOOR for name, error in found.items()}

@@ -1,0 +1,115 @@
+"""The benchmark cases of the recurrence: forward and backward, beside the loop over time and what avoids it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels import explain, linear_recurrence
+from kdkernels.backend import Cost, Explanation
+from kdkernels.testing.compare import Deviation, Outcome, deviations, errors
+from kdkernels.testing.linear_recurrence.inputs import Function, Inputs, Step, exact, make_inputs, through_reference
+
+OP = "linear_recurrence"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One case; `open` draws its tensors."""
+
+    name: str
+    arguments: dict[str, Any]
+    op: str = OP
+
+    def open(self, device: str = "cpu") -> "Session":
+        """The case, ready to run."""
+        return Session(make_inputs(**{"device": device} | self.arguments))
+
+
+@dataclass
+class Session:
+    """A case's tensors; every variant steps from the same ones."""
+
+    inputs: Inputs
+    dtype: torch.dtype = field(init=False)
+    step: Step = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dtype = self.inputs.input.real.dtype
+        self.step = Step(self.inputs)
+
+    def refresh(self) -> None:
+        """Nothing changes between two steps."""
+
+    def variants(self) -> dict[str, Callable[[], Outcome]]:
+        """One forward and backward of each contender."""
+        torch.compiler.reset()
+        compiled = torch.compile(by_doubling, fullgraph=True, dynamic=False)
+
+        def doubling(Lambda: Tensor, input: Tensor, initial_state: Tensor | None, reverse: bool) -> Tensor:
+            real = torch.view_as_real
+            return torch.view_as_complex(compiled(real(Lambda.squeeze(0)), real(input)))
+
+        functions: dict[str, Function] = {
+            "eager": through_reference,
+            "torch.compile": doubling,
+            "FFT": by_convolution,
+            "kdkernels": lambda Lambda, *rest: linear_recurrence(Lambda.squeeze(0), *rest[:2], reverse=rest[2]),
+        }
+        return {name: lambda function=function: self.step(function) for name, function in functions.items()}  # type: ignore[misc]
+
+    def judge(self, outcomes: dict[str, Outcome]) -> dict[str, list[Deviation]]:
+        """Each variant's errors against float64, beside twice those of eager."""
+        target = exact(self.inputs)
+        yardstick = errors(outcomes["eager"], target)
+        return {name: deviations(x, target, yardstick) for name, x in outcomes.items()}
+
+    def cost(self, variant: str) -> Cost:
+        """Forward reads the input and writes the states; backward reads both and what arrives, and writes one."""
+        (one,) = self.explain().costs
+        return Cost(variant, 3 * one.flops, one.bytes + one.bytes * 3 // 2)
+
+    def explain(self) -> Explanation:
+        """What the operator runs here."""
+        return explain(OP, self.inputs.Lambda.squeeze(0), self.inputs.input)
+
+
+def by_doubling(Lambda: Tensor, input: Tensor) -> Tensor:
+    """h ← h + λ^s (h moved by s steps) for s = 1, 2, 4 …: about log T passes, which torch.compile can fuse.
+
+    A complex number is two: (n, 2) and (N, T, n, 2). (A loop over T steps would be unrolled, which takes longer to
+    compile than anybody waits; inductor leaves complex numbers to eager.)
+    """
+    x, y, a, b = *input.unbind(-1), *Lambda.unbind(-1)
+    s, T = 1, input.shape[1]
+    while s < T:
+        u, v = (F.pad(part[:, :-s], (0, 0, s, 0)) for part in (x, y))
+        x, y = x + a * u - b * v, y + a * v + b * u
+        a, b, s = a * a - b * b, 2 * a * b, 2 * s
+    return torch.stack([x, y], -1)
+
+
+def by_convolution(Lambda: Tensor, input: Tensor, initial_state: Tensor | None, reverse: bool) -> Tensor:
+    """h = (1, λ, λ², …) ∗ u by FFT."""
+    T = input.shape[1]
+    powers = Lambda.squeeze(0) ** torch.arange(T, device=input.device).unsqueeze(-1)  # (T, n)
+    product = torch.fft.fft(powers, n=2 * T, dim=0) * torch.fft.fft(input, n=2 * T, dim=1)
+    return torch.fft.ifft(product, dim=1)[:, :T]
+
+
+SIZES = ((32, 1024, 256), (8, 784, 256), (4, 16384, 64))  # N, T, n
+SIZES_ON_A_GPU = (*SIZES, (32, 16384, 384), (50, 1024, 384))
+
+
+def workloads(quick: bool = False, device: str = "cpu") -> list[Workload]:
+    """The cases; `quick` shrinks every size."""
+    cases = []
+    for N, T, n in SIZES if device == "cpu" else SIZES_ON_A_GPU:
+        if quick:
+            N, T, n = max(N // 16, 1), max(T // 64, 8), n // 8
+        arguments = {"N": N, "T": T, "n": n, "radii": (0.9, 0.999), "dtype": torch.complex64}
+        cases.append(Workload(f"recurrence, N={N}, T={T}, n={n}, complex64", arguments))
+    return cases
