@@ -1,7 +1,7 @@
 """Linear recurrent units (Orvieto et al. 2023, arXiv 2303.06349), and a residual classifier of sequences from them."""
 
 from collections.abc import Sequence
-from math import pi
+from math import pi, prod
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdkernels.backend import BACKENDS
-from kdkernels.contract import check_choice, check_count, check_number
-from kdkernels.ops.linear_recurrence import linear_recurrence
+from kdkernels.contract import check_choice, check_count, check_number, show
+from kdkernels.ops.linear_recurrence.state_space import state_space
 
 SMALLEST = 1e-8  # of |λ| and of angles, whose logarithms are parameters
 
@@ -28,6 +28,7 @@ class LRU(nn.Module):
         min_radius, max_radius: of the ring, 0 ≤ min_radius < max_radius ≤ 1.
         max_phase: above 0, at most 2π.
         backend: as in `kdkernels.linear_recurrence`.
+        dtype: of the parameters, float32 or float64.
 
     Raises:
         TypeError, ValueError: an option does not fit; the message names it.
@@ -57,6 +58,8 @@ class LRU(nn.Module):
         if not 0 < max_phase <= 2 * pi:
             raise ValueError(f"max_phase is {max_phase}, but must be above 0 and at most 2π")
         check_choice("backend", backend, BACKENDS)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise TypeError(f"dtype is {dtype}, but must be torch.float32 or torch.float64")
         self.features = int(features)
         self.ring = (float(min_radius), float(max_radius), float(max_phase))
         self.backend = backend
@@ -103,7 +106,8 @@ class LRU(nn.Module):
     def forward(self, input: Tensor, initial_state: Tensor | None = None, *, return_state: bool = False) -> Any:
         """The outputs of all steps.
 
-        Computed in the parameters' dtype, whatever autocast says.
+        Computed in the parameters' dtype, whatever autocast says. The states of all steps, (..., T, n), are not in
+        memory at once, except on the reference backend and where backward is to be differentiated again.
 
         Args:
             input: u, (..., T, H).
@@ -114,17 +118,22 @@ class LRU(nn.Module):
             y (..., T, H), or y and h_T (..., n).
         """
         H, n = self.features, self.states
-        if input.shape[-1:] != (H,) or input.dim() < 2:
-            raise ValueError(f"input has shape {tuple(input.shape)}, but must be (..., T, {H})")
+        if input.dim() < 2 or input.shape[-1] != H:
+            raise ValueError(f"input has shape {show(input.shape)}, but must be (..., T, {H})")
+        leading, dtype = input.shape[:-2], self.D.dtype
+        start = initial_state
+        if start is not None and start.shape != (*leading, n):
+            raise ValueError(f"initial_state has shape {show(start.shape)}, but must be {show((*leading, n))}")
         with torch.autocast(input.device.type, enabled=False):
-            u = input.to(self.D.dtype)
-            # real products: a complex number is two neighbours, so neither u nor h is ever copied to be complex
+            u = input.to(dtype).reshape(prod(leading), *input.shape[-2:])
+            start = None if start is None else start.to(dtype.to_complex()).reshape(prod(leading), n)
             B = torch.stack([self.B_re, self.B_im], 1) * self.gamma_log.exp().view(n, 1, 1)  # (n, 2, H)
             C = torch.stack([self.C_re, -self.C_im], -1)  # (H, n, 2)
-            x = F.linear(u, B.view(2 * n, H)).unflatten(-1, (n, 2))
-            h = linear_recurrence(self.eigenvalues(), torch.view_as_complex(x), initial_state, backend=self.backend)
-            y = torch.addcmul(F.linear(torch.view_as_real(h).flatten(-2), C.view(H, 2 * n)), self.D, u)
-        return (y, h[..., -1, :]) if return_state else y
+            y, state = state_space(
+                u, self.eigenvalues(), B.view(2 * n, H), C.view(H, 2 * n), start, backend=self.backend
+            )
+            y = torch.addcmul(y, self.D, u).reshape(input.shape)
+        return (y, state.reshape(*leading, n)) if return_state else y
 
     def extra_repr(self) -> str:
         low, high, phase = self.ring

@@ -21,7 +21,7 @@ def linear_recurrence(
     Lambda: Tensor, input: Tensor, initial_state: Tensor | None, reverse: bool, backend: str
 ) -> Tensor:
     """h (N, T, n)."""
-    return _implementation(backend).forward(Lambda, input, initial_state, reverse)
+    return implementation(backend).forward(Lambda, input, initial_state, reverse)
 
 
 @linear_recurrence.register_fake
@@ -40,7 +40,7 @@ def linear_recurrence_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of Λ, the input and the initial state; those not in `needs` are None."""
-    return _implementation(backend).backward(grad, Lambda, states, initial_state, reverse, needs)
+    return implementation(backend).backward(grad, Lambda, states, initial_state, reverse, needs)
 
 
 @linear_recurrence_backward.register_fake
@@ -58,7 +58,7 @@ def _(
 
 
 @cache
-def _implementation(backend: str) -> Any:
+def implementation(backend: str) -> Any:
     """`native` or `triton`: imported when first used, so that importing kdkernels imports neither."""
     return import_module(f"kdkernels.ops.linear_recurrence.{backend}")
 
