@@ -245,8 +245,8 @@ def test_no_gradient_is_kept():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     (
-        ({}, ValueError, "rank and tolerance: exactly one of them must be given"),
-        ({"rank": 2, "tolerance": 0.1}, ValueError, "rank and tolerance: exactly one"),
+        ({}, ValueError, "rank, tolerance and error: exactly one of them must be given"),
+        ({"rank": 2, "tolerance": 0.1}, ValueError, "rank, tolerance and error: exactly one"),
         ({"rank": 4}, ValueError, "rank is 4, but must be at most n = 3, as in Lambda"),
         ({"rank": 0}, ValueError, "rank is 0, but must be a whole number of at least 1"),
         ({"rank": 1.5}, ValueError, "rank is 1.5"),

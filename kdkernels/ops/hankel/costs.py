@@ -2,6 +2,7 @@
 
 from functools import partial
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -20,9 +21,9 @@ def _explain_systems(
     return _explain(op, *api.arguments(**system, horizon=horizon, real_output=real_output), backend)
 
 
-def _explain_truncation(rank: int | None, tolerance: float | None, backend: str, **system: Operand) -> Explanation:
+def _explain_truncation(rank: Any, tolerance: Any, error: Any, backend: str, **system: Operand) -> Explanation:
     systems = check(**system)
-    check_order(systems, rank, tolerance)
+    check_order(systems, rank, tolerance, error)
     return _explain("balanced_truncation", systems, None, backend)
 
 

@@ -5,8 +5,9 @@ C_r = C T_r (Moore 1981; the square-root form, no n × n inverse), and A_r = X �
 frequency response is then off by at most 2 Σ_{k>r} σ_k (Al-Saggaf and Franklin 1987, for discrete time).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kdkernels.ops.hankel import reference
 from kdkernels.ops.hankel.api import choose
 from kdkernels.ops.hankel.kernel import wide
 from kdkernels.ops.hankel.systems import Operand, System, Systems, check
+from kdkernels.ops.svd.lapack import thread_each
 
 KEEP = 0.95  # a reduction by less than this share is not worth its change of basis (CompreSSM)
 EPS = torch.finfo(torch.float64).eps
@@ -65,8 +67,9 @@ def balanced_truncation(
     B: Operand,
     C: Operand,
     *,
-    rank: int | None = None,
+    rank: int | Sequence[int] | None = None,
     tolerance: float | None = None,
+    error: float | None = None,
     backend: str = "auto",
 ) -> Any:
     """The diagonal system of lower order r that keeps the largest Hankel singular values of h⁺ = Λh + Bu, y = Ch.
@@ -77,10 +80,12 @@ def balanced_truncation(
         Lambda: (..., n), real or complex, float32 or float64, |λ| < 1.
         B: (..., n, m).
         C: (..., p, n). Leading dimensions broadcast. Or each a list of such tensors, systems of different sizes.
-        rank: r, exactly; at least 1 and at most n.
+        rank: r, exactly; at least 1 and at most n. For lists also a list, one for each system.
         tolerance: τ ≥ 0: the smallest r whose Σ_{k≤r} σ_k / Σσ_k ≥ 1 − τ, and nothing is reduced unless r < 0.95 n
             (CompreSSM, arXiv 2510.02823). Systems in leading dimensions get one rank, the largest that any of them
             needs; the systems of a list get each their own.
+        error: ε ≥ 0: the smallest r whose error bound is at most ε, in other words: whatever the inputs are, the
+            outputs' error, as a root of a sum of squares over time, is at most ε times the inputs'.
         backend: `"auto"`, `"reference"` or `"native"`: what computes the Hankel singular values and their vectors. One
             that was asked for by name and cannot serve raises.
 
@@ -96,28 +101,73 @@ def balanced_truncation(
         ValueError: shapes, devices or options do not fit, a system is not finite, or some |λ| ≥ 1.
     """
     systems = check(Lambda, B, C)
-    check_order(systems, rank, tolerance)
+    orders = check_order(systems, rank, tolerance, error)
     chosen = choose("balanced_truncation", backend, systems)
-    with torch.no_grad():
-        found = [_truncate(systems, i, rank, tolerance, chosen.backend) for i in range(len(systems.members))]
-    return found if systems.is_list else found[0]
+
+    def truncate(i: int) -> BalancedTruncation:
+        return _truncate(systems, i, orders[i], chosen.backend)
+
+    members = range(len(systems.members))
+    if not systems.is_list:
+        with torch.no_grad():
+            return truncate(0)
+    # LAPACK makes poor use of a second core within one system
+    return thread_each(truncate, members)
 
 
-def check_order(systems: Systems, rank: int | None, tolerance: float | None) -> None:
-    """Raise unless exactly one of them says how many states to keep."""
-    if (rank is None) == (tolerance is None):
-        raise ValueError("rank and tolerance: exactly one of them must be given")
-    if rank is not None:
-        check_count("rank", rank)
-        for i, member in enumerate(systems.members):
-            if rank > member.order:
-                which = f"Lambda[{i}]" if systems.is_list else "Lambda"
-                raise ValueError(f"rank is {rank}, but must be at most n = {member.order}, as in {which}")
+class _Order(NamedTuple):
+    """How many states to keep: exactly one is not None."""
+
+    rank: int | None = None
+    tolerance: float | None = None
+    error: float | None = None
+
+    def first(self, sigma: Tensor) -> int:
+        """The smallest rank that may serve; the largest that any of the systems needs."""
+        n = sigma.shape[-1]
+        if self.rank is not None:
+            return self.rank
+        if self.error is not None:
+            tails = 2 * sigma.flip(-1).cumsum(-1).flip(-1)  # of all from k on
+            ranks = (tails > self.error).sum(-1)
+            return max(int(ranks.max()) if ranks.numel() else n, 1)
+        assert self.tolerance is not None
+        rank = _needed(sigma, self.tolerance)
+        return rank if rank < KEEP * n else n
+
+    def serves(self, found: BalancedTruncation) -> bool:
+        """Whether what was found is as good as was asked for."""
+        return self.error is None or bool((found.error_bound <= self.error).all())
+
+
+def check_order(systems: Systems, rank: Any, tolerance: Any, error: Any) -> list[_Order]:
+    """One for each system. Raise unless exactly one of them says how many states to keep."""
+    if sum(x is not None for x in (rank, tolerance, error)) != 1:
+        raise ValueError("rank, tolerance and error: exactly one of them must be given")
+    count = len(systems.members)
+    if rank is None:
+        check_number("tolerance" if error is None else "error", tolerance if error is None else error)
+        return [_Order(None, tolerance, error)] * count
+    if isinstance(rank, (list, tuple)):
+        if not systems.is_list or len(rank) != count:
+            wanted = f"must have {count}, as Lambda has" if systems.is_list else "Lambda is no list"
+            raise ValueError(f"rank is a list of {len(rank)}, but {wanted}")
+        ranks = list(enumerate(rank))
     else:
-        check_number("tolerance", tolerance)
+        ranks = [(i, rank) for i in range(count)]
+    several = isinstance(rank, (list, tuple))
+    for i, r in ranks:
+        check_count(f"rank[{i}]" if several else "rank", r)
+        order = systems.members[i].order
+        if r > order:
+            where = f"Lambda[{i}]" if systems.is_list else "Lambda"
+            raise ValueError(
+                f"rank{f'[{i}]' if several else ''} is {r}, but must be at most n = {order}, as in {where}"
+            )
+    return [_Order(rank=int(r)) for _, r in ranks]
 
 
-def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | None, backend: str) -> BalancedTruncation:
+def _truncate(systems: Systems, i: int, order: _Order, backend: str) -> BalancedTruncation:
     system = systems.members[i]
     for name, x in (("Lambda", system.Lambda), ("B", system.B), ("C", system.C)):
         if not bool(x.isfinite().all()):
@@ -127,14 +177,9 @@ def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | Non
         systems.refuse_unstable()
     if not bool(sigma.isfinite().all()):
         raise ValueError("B and C are too large: their Hankel singular values leave float64's range")
-    n = system.order
-    if rank is None:
-        assert tolerance is not None
-        rank = _needed(sigma, tolerance)
-        rank = rank if rank < KEEP * n else n
-    for r in range(rank, n):
+    for r in range(order.first(sigma), system.order):
         reduced = _reduce(system, sigma, T, W, r)
-        if reduced is not None:
+        if reduced is not None and order.serves(reduced):
             return reduced
     return _untruncated(system, sigma)
 
@@ -196,7 +241,7 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
     moved = moved + (out * (magnified @ error_B).norm(dim=-1)).sum(-1)
     moved = moved + ((error_C @ X.abs()).norm(dim=-2) * into).sum(-1)
     wide_rounded = tuple(map(wide, rounded))
-    moved = moved + _distance((eigenvalues, B_d, C_d), wide_rounded, gain)
+    moved = moved + distance((eigenvalues, B_d, C_d), wide_rounded, gain)
     tail = (1 + SIGMA_ERROR) * 2 * sigma[..., r:].sum(-1) + 2 * n * EPS * sigma[..., :1].sum(-1) * (n - r)
     return BalancedTruncation(
         rounded[0],
@@ -211,7 +256,7 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
     )
 
 
-def _distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...], gain: Tensor) -> Tensor:
+def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...], gain: Tensor) -> Tensor:
     """A bound of ‖G_a(z) − G_b(z)‖ on |z| = 1, mode by mode: ‖c b‖/|z − λ| of two neighbours."""
     (pole, B, C), (pole_b, B_b, C_b) = a, b
     change_B, change_C = (B - B_b).norm(dim=-1), (C - C_b).norm(dim=-2)

@@ -31,23 +31,27 @@ def svdvals(matrix: Tensor) -> Tensor:
 
 
 def in_parallel(function: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
-    """`function` of each of the batch's matrices, stacked; torch's threads take a matrix each.
+    """`function` of each of the batch's matrices, stacked; of a batch on a GPU at once."""
+    if min(torch.get_num_threads(), len(batch)) < 2 or batch.is_cuda:
+        with torch.no_grad():
+            return tuple(x.contiguous() for x in function(batch))
+    results = thread_each(function, batch.detach())
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+
+
+def thread_each(function: Callable[[Any], Any], items: Any) -> list[Any]:
+    """`function` of each of the items, without gradients; torch's threads take one each, and LAPACK one thread.
 
     The threads end with the call: a pool that outlived it would be dead in a forked process.
     """
-    threads = min(torch.get_num_threads(), len(batch))
-    if threads < 2 or batch.is_cuda:
-        with torch.no_grad():
-            return tuple(x.contiguous() for x in function(batch))
-
-    def step(x: Tensor) -> Any:
-        with torch.no_grad():  # which is each thread's own
-            return function(x)
-
     before = torch.get_num_threads()
+
+    def step(item: Any) -> Any:
+        with torch.no_grad():  # which is each thread's own
+            return function(item)
+
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            results = list(pool.map(step, batch.detach()))
+        with ThreadPoolExecutor(max(before, 1), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(step, items))
     finally:
         torch.set_num_threads(before)  # new threads would inherit the workers' single one
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
