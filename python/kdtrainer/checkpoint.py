@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -13,10 +14,17 @@ from safetensors.torch import load as tensors_from
 from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
-from kdtrainer.config import Config
 from kdtrainer.errors import RunError
 
-MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng.torch"
+MODEL, OPTIMIZER, RNG, EXTRA = "model.", "optimizer.", "rng.torch", "extra."
+
+Kind = TypeVar("Kind")
+
+
+class AnyConfig(Protocol):
+    """What a run depends on."""
+
+    def as_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,24 @@ def write_atomically(path: Path, content: bytes) -> None:
     _sync_directory(path.parent)
 
 
-def save(path: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, config: Config, progress: Progress) -> None:
-    """Weights, optimiser state, random number state, config and progress, in one file."""
+def save(
+    path: Path,
+    trained: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: AnyConfig,
+    progress: Any,
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Weights, optimiser state, random number state, config, progress and what else there is, in one file.
+
+    `progress` is a dataclass of plain values.
+    """
     tensors = {MODEL + name: value for name, value in trained.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in state.items()}
     tensors[RNG] = torch.get_rng_state()
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    tensors |= {EXTRA + name: value for name, value in (extra or {}).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     metadata = {
         "config": json.dumps(config.as_json()),
         "progress": json.dumps(progress.__dict__),
@@ -72,11 +91,21 @@ def weights(path: Path) -> dict[str, Tensor]:
     return _under(MODEL, read(path))
 
 
+def extra(path: Path) -> dict[str, Tensor]:
+    """What else was saved."""
+    return _under(EXTRA, read(path))
+
+
 def progress(path: Path) -> Progress:
-    return Progress(**json.loads(_metadata(path)["progress"]))
+    return progress_of(path, Progress)
 
 
-def check_config(path: Path, config: Config) -> None:
+def progress_of(path: Path, kind: type[Kind]) -> Kind:
+    """Of the kind that was saved."""
+    return kind(**json.loads(_metadata(path)["progress"]))
+
+
+def check_config(path: Path, config: AnyConfig) -> None:
     """Raise RunError, naming the differences, unless the checkpoint is of a run with this config."""
     saved = json.loads(_metadata(path)["config"])
     asked = config.as_json()

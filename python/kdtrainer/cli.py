@@ -4,17 +4,19 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import kdtrainer
+from kdtrainer.compress.cli import add_compress, compress
 from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
+from kdtrainer.numbers import number
 
 BOTH_NEED = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
 NEEDED = {  # the extra that has them, and module: package
     "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
+    "compress": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
 }
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
         return complain(f"{' and '.join(missing)} must be installed: pip install 'kdkernels[{extra}]'", REFUSED)
-    return whisper_step(chosen) if chosen.experiment == "whisper-step" else digits(chosen)
+    return EXPERIMENTS[chosen.experiment](chosen)
 
 
 def whisper_step(chosen: argparse.Namespace) -> int:
@@ -45,8 +47,7 @@ def whisper_step(chosen: argparse.Namespace) -> int:
 
 def digits(chosen: argparse.Namespace) -> int:
     try:
-        from kdtrainer import digits as experiment
-        from kdtrainer import train  # not above: they need the packages looked for here
+        from kdtrainer import digits as experiment  # not above: it needs the packages looked for here
     except KeyboardInterrupt:
         return complain("interrupted before anything was trained", INTERRUPTED)
     config = Config(
@@ -67,13 +68,33 @@ def digits(chosen: argparse.Namespace) -> int:
         threads=chosen.threads,
     )
     options = experiment.Options(chosen.out, chosen.resume, chosen.compare, chosen.checkpoint_every, chosen.budget)
-    again = f"add --resume to the same command to go on, bit for bit (checkpoints are in {chosen.out})"
+    return resumable(lambda: experiment.run(config, options), chosen.out)
+
+
+def shrinking(chosen: argparse.Namespace) -> int:
+    return resumable(lambda: compress(chosen) is None, chosen.out)
+
+
+def resumable(run: Callable[[], bool], out: Path) -> int:
+    """The exit code of a run with checkpoints."""
     try:
-        return DONE if experiment.run(config, options) else OVER_BUDGET
+        from kdtrainer import train  # not above: it needs the packages looked for before
+    except KeyboardInterrupt:
+        return complain("interrupted before anything was trained", INTERRUPTED)
+    again = f"add --resume to the same command to go on, bit for bit (checkpoints are in {out})"
+    try:
+        return DONE if run() else OVER_BUDGET
     except (RunError, OSError) as error:
         return complain(str(error), REFUSED)
     except (train.Interrupted, KeyboardInterrupt):
         return complain(f"interrupted; {again}", INTERRUPTED)
+
+
+EXPERIMENTS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "digits": digits,
+    "compress": shrinking,
+    "whisper-step": whisper_step,
+}
 
 
 def complain(message: str, code: int) -> int:
@@ -85,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m kdtrainer", description=kdtrainer.__doc__)
     experiments = top.add_subparsers(dest="experiment", required=True)
     add_digits(experiments)
+    add_compress(experiments)
     add_whisper_step(experiments)
     return top
 
@@ -143,24 +165,6 @@ def add_whisper_step(experiments: Any) -> None:
     add("--dimension", type=number(int, 1), default=d.dimension, metavar="D", help="of the shared space")
     add("--threads", type=number(int, 0), default=d.threads, help="of torch; 0: as many as it takes")
     add("--budget", type=number(float, 0.0), default=d.budget, help="relative deviation of the steps without dropout")
-
-
-def number(kind: Callable[[str], float], least: float, above: bool = False) -> Callable[[str], float]:
-    """Parses a finite number of at least `least`, or above it."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number of the kind {kind.__name__}") from None
-        if not (value > least if above else value >= least):
-            bound = "above" if above else "at least"
-            raise argparse.ArgumentTypeError(f"{text} is too small, must be {bound} {least}")
-        if value == inf:
-            raise argparse.ArgumentTypeError(f"{text} is too large, must be finite")
-        return value
-
-    return parse
 
 
 def teacher_names(text: str) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ def adapters(rows: Sequence[Row], config: Config) -> Adapters | None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[ProgressBar]:
+def progress_bar(shown: bool = True) -> Iterator[ProgressBar]:
+    """A line for each task, if they are to be shown."""
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
@@ -82,7 +83,7 @@ def progress_bar() -> Iterator[ProgressBar]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[loss]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         yield ProgressBar(progress)
 
 

@@ -1,0 +1,1 @@
+"""`python -m kdtrainer compress`: a state-space model that loses states while it learns (arXiv 2510.02823)."""

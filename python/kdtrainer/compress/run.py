@@ -1,0 +1,137 @@
+"""The experiment: for each seed a model that shrinks while it learns, and what it is compared with."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kdtrainer import checkpoint, metrics
+from kdtrainer.compress import plots, report, sequences
+from kdtrainer.compress.config import COMPRESSED, POSTHOC, PRUNED, SMALL, UNCOMPRESSED, Config
+from kdtrainer.compress.ranks import Ranks
+from kdtrainer.compress.reductions import after_training, keeping, truncating
+from kdtrainer.compress.training import Progress, Task, Trained, Training, accuracy_of
+from kdtrainer.errors import RunError
+from kdtrainer.report import ProgressBar, progress_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What does not change the numbers of a model."""
+
+    out: Path
+    resume: bool
+    seeds: int
+    compare: tuple[str, ...]
+    checkpoint_every: int
+    evaluate_every: int
+
+
+def run(config: Config, options: Options) -> None:
+    """Train, and write the report. Raises RunError when that cannot start or go on, `train.Interrupted` after Ctrl-C."""
+    torch.set_num_threads(config.threads)
+    ranks = Ranks(config.device)
+    try:
+        config = dataclasses.replace(config, world=ranks.world)
+        check(config, options)
+        data = sequences.load(config.data, config.length)
+        kept = prepare(config, options) if ranks.leads else 0
+        log = metrics.MetricsLog(options.out / metrics_name(ranks), kept)
+        try:
+            with progress_bar(ranks.leads) as bar:
+                results = [
+                    one_seed(dataclasses.replace(config, seed=config.seed + k), options, data, log, ranks, bar)
+                    for k in range(options.seeds)
+                ]
+        finally:
+            log.close()
+        if ranks.leads:
+            conclude(config, options, results)
+    finally:
+        ranks.close()
+
+
+def metrics_name(ranks: Ranks) -> str:
+    """The leading process's file; the others write nothing, to files that say so."""
+    return "metrics.jsonl" if ranks.leads else f"metrics-of-rank-{ranks.rank}-are-in-metrics.jsonl"
+
+
+def check(config: Config, options: Options) -> None:
+    """Raise RunError where options do not go together."""
+    if config.batch % config.world:
+        raise RunError(f"--batch is {config.batch}, but must be a multiple of the {config.world} processes")
+    if config.reductions > config.steps:
+        raise RunError(f"--reductions is {config.reductions}, but must be at most --steps, {config.steps}")
+    if config.ranks is not None and config.ranks > config.states:
+        raise RunError(f"--ranks is {config.ranks}, but must be at most --states, {config.states}")
+    if config.world > 1 and POSTHOC in options.compare:
+        raise RunError("--compare posthoc runs in one process, not under torchrun")
+
+
+def path_of(options: Options, config: Config, name: str) -> Path:
+    return options.out / "checkpoints" / f"seed{config.seed}-{name}.safetensors"
+
+
+def prepare(config: Config, options: Options) -> int:
+    """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept."""
+    found = sorted((options.out / "checkpoints").glob("*.safetensors"))
+    if not options.resume:
+        for path in found:
+            path.unlink()
+        return 0
+    if not found:
+        print(f"no checkpoint in {options.out}: the run starts from the beginning")
+    for path in found:
+        seed = path.name.removeprefix("seed").partition("-")[0]
+        checkpoint.check_config(path, dataclasses.replace(config, seed=int(seed) if seed.isdigit() else config.seed))
+        checkpoint.read(path)  # whole, before anything is written
+    return max((checkpoint.progress_of(path, Progress).metrics_bytes for path in found), default=0)
+
+
+def one_seed(
+    config: Config,
+    options: Options,
+    data: sequences.Sequences,
+    log: metrics.MetricsLog,
+    ranks: Ranks,
+    bar: ProgressBar,
+) -> list[report.Row]:
+    """The compressed model, then what it is compared with, which has its sizes."""
+    rows: list[report.Row] = []
+
+    def train(task: Task) -> Trained:
+        named = dataclasses.replace(task, name=f"seed{config.seed}-{task.name}")
+        on_step = bar.task(f"seed {config.seed} {task.name}", config.steps)
+        training = Training(named, config, data, path_of(options, config, task.name), log, ranks)
+        trained = training.run(options.checkpoint_every, options.evaluate_every, on_step)
+        ranks.check_equal(trained.model)
+        rows.append(report.row(task.name, config, trained))
+        return trained
+
+    full = [config.states] * config.blocks
+    compressed = train(Task(COMPRESSED, full, truncating(config)))
+    final = compressed.progress.states
+    sizes = {event["step"]: event["states"] for event in compressed.progress.reductions}
+    for name in options.compare:
+        if name == UNCOMPRESSED:
+            uncompressed = train(Task(name, full))
+        elif name == SMALL:
+            train(Task(name, final))
+        elif name in PRUNED:
+            train(Task(name, full, keeping(name, config, sizes)))
+        else:
+            model = after_training(uncompressed, final)
+            row = report.row(name, config, dataclasses.replace(uncompressed, model=model))
+            rows.append(dataclasses.replace(row, accuracy=accuracy_of(model, data, config)))
+    return rows
+
+
+def conclude(config: Config, options: Options, results: Sequence[Sequence[report.Row]]) -> None:
+    """Table, report.json and plots."""
+    report.write(options.out / "report.json", config, options.seeds, results)
+    first = {row.name: row for row in results[0]}
+    spectra = checkpoint.extra(path_of(options, config, COMPRESSED))
+    plots.spectra(spectra, first[COMPRESSED], options.out / "spectra.png")
+    plots.over_time(results, options.out / "training.png")
+    report.show(config, results, options.out)
