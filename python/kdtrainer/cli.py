@@ -72,7 +72,11 @@ def digits(chosen: argparse.Namespace) -> int:
 
 
 def shrinking(chosen: argparse.Namespace) -> int:
-    return resumable(lambda: compress(chosen) is None, chosen.out)
+    def run() -> bool:
+        compress(chosen)
+        return True
+
+    return resumable(run, chosen.out)
 
 
 def resumable(run: Callable[[], bool], out: Path) -> int:

@@ -15,9 +15,9 @@ def add_compress(experiments: Any) -> None:
         help="a state-space model that loses states while it learns",
         description="Train a classifier of sequences made of linear recurrent units, and truncate it by its Hankel "
         "singular values within the first steps (CompreSSM), beside the models that it should be compared with. Data: "
-        "scikit-learn's digits as sequences of pixels, fashion-mnist (Debian's package dataset-fashion-mnist), or a .npz "
-        "file with x_train, y_train, x_test and y_test: (N, T), (N, H, W) or (N, H, W, c) numbers, and labels. Under "
-        "torchrun the processes share every batch.",
+        "scikit-learn's digits as sequences of pixels, fashion-mnist (Debian's package dataset-fashion-mnist), or a "
+        ".npz file with x_train, y_train, x_test and y_test: (N, T), (N, H, W) or (N, H, W, c) numbers, and labels. "
+        "Under torchrun the processes share every batch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     d, count, share = Config(), number(int, 1), number(float, 0.0)

@@ -29,7 +29,7 @@ class Options:
 
 
 def run(config: Config, options: Options) -> None:
-    """Train, and write the report. Raises RunError when that cannot start or go on, `train.Interrupted` after Ctrl-C."""
+    """Train, and write the report. Raises RunError when it cannot start or go on, `train.Interrupted` after Ctrl-C."""
     torch.set_num_threads(config.threads)
     ranks = Ranks(config.device)
     try:
