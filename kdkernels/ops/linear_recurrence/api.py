@@ -62,9 +62,9 @@ def linear_recurrence(
         states = reference.linear_recurrence(Lambda, input, start, reverse)
         return states if states.dtype is plan.dtype else states.to(plan.dtype)
     n = input.shape[-1]
-    Lambda = Lambda.reshape(1, n) if plan.shared else Lambda.expand(*plan.leading, n).reshape(-1, n)
+    Lambda = Lambda.reshape(1, n) if plan.shared else Lambda.expand(*plan.leading, n).reshape(plan.sequences, n)
     if start is not None:
-        start = start.expand(*plan.leading, n).reshape(-1, n)
+        start = start.expand(*plan.leading, n).reshape(plan.sequences, n)
     states = plan.run(Lambda, input.reshape(plan.sequences, *input.shape[-2:]), start, reverse, plan.backend)
     return states.reshape(input.shape).to(plan.dtype)
 
