@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import Contract, broadcast
+from kdkernels.contract import Contract, broadcast, show
 from kdkernels.ops.linear_recurrence import reference, schema
 from kdkernels.plans import Plans
 
@@ -91,7 +91,7 @@ def _decide(Lambda: Tensor, input: Tensor, initial_state: Tensor | None, reverse
     for name, x in given.items():
         if x is not None and name != "input" and broadcast(leading, tuple(x.shape[:-1]), name, "input") != leading:
             raise ValueError(
-                f"{name} has leading dimensions {tuple(x.shape[:-1])}, which must broadcast to input's {leading}"
+                f"{name} has leading dimensions {show(x.shape[:-1])}, which must broadcast to input's {show(leading)}"
             )
     dtype = tensors[0].dtype
     for x in tensors[1:]:

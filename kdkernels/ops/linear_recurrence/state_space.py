@@ -214,20 +214,19 @@ def _differentiate(ctx: Any, grad: Tensor, grad_last: Tensor, _: Any) -> tuple[A
 
 
 def _composed_gradients(
-    grad: Tensor, grad_last: Tensor, tensors: Any, wanted: Sequence[bool], backend: str
+    grad: Tensor, grad_last: Tensor, tensors: Sequence[Any], wanted: Sequence[bool], backend: str
 ) -> list[Tensor | None]:
     """To be differentiated again: by way of all the states."""
-    outputs = composed(*tensors, lambda Lambda, x, start: _by_operator(Lambda, x, start, backend))
+    input, Lambda, B, C, initial = tensors
+    outputs = composed(
+        input, Lambda, B, C, initial, lambda *x: linear_recurrence(x[0][None], x[1], x[2], False, backend)
+    )
     leaves = [x for x, need in zip(tensors, wanted, strict=True) if need]
     reached, grads = zip(
         *((y, g) for y, g in zip(outputs, (grad, grad_last), strict=True) if y.requires_grad), strict=True
     )
     parts = iter(torch.autograd.grad(reached, leaves, grads, create_graph=True, allow_unused=True))
     return [next(parts) if need else None for need in wanted]
-
-
-def _by_operator(Lambda: Tensor, x: Tensor, start: Tensor | None, backend: str) -> Tensor:
-    return linear_recurrence(Lambda.unsqueeze(0), x, start, False, backend)
 
 
 layer.register_autograd(_differentiate, setup_context=_save)
