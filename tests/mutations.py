@@ -39,12 +39,15 @@ JACOBI = "csrc/cpu/jacobi.h"
 SPECTRUM = "csrc/cpu/spectrum.h"
 SVD = "csrc/cpu/svd.cpp"
 HANKEL = "csrc/cpu/hankel.cpp"
+RECURRENCE = "csrc/cpu/linear_recurrence.cpp"
+PARTIAL = "csrc/cpu/partial.h"
 
 OPS = dict.fromkeys((TRITON, ALIGNMENT, ROWS, CHOLESKY), ("projection_alignment_loss",))
 OPS |= dict.fromkeys((DISTILLATION, VECTOR_MATH, DISTILLATION_TRITON), ("linear_distillation_loss",))
 OPS |= dict.fromkeys((LORA, LOW_RANK, DROPOUT, LORA_TRITON), ("lora_linear",))
 OPS |= dict.fromkeys((HOUSEHOLDER, JACOBI, SPECTRUM, SVD), ("svd", "svdvals"))
 OPS |= dict.fromkeys((LANES, GENERATOR, HANKEL), ("gramian_factors", "hankel_singular_values"))
+OPS |= dict.fromkeys((RECURRENCE, PARTIAL), ("linear_recurrence",))
 
 TRITON_KERNELS = [
     Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
@@ -128,4 +131,25 @@ NATIVE_KERNELS = [
     Mutation("inner_products", HANKEL, "const N y = held(Y[c * n + i]);", "const N y = held(Y[i]);"),
     Mutation("project", HANKEL, "const N v = V[j * stride + k] * scale[j];", "const N v = V[j * stride + k];"),
     Mutation("Systems", HANKEL, "lambda_[i] = conj(lambda_[i]);", ""),
+    Mutation("exchanged", RECURRENCE, "IndexOf<float>::type{1, 0, 3, 2});", "IndexOf<float>::type{1, 0, 2, 3});"),
+    Mutation("Factor", RECURRENCE, "(l % 2 == 0) == conjugate ? Lambda[l | 1]", "l % 2 != 0 ? Lambda[l | 1]"),
+    Mutation("times_plus", RECURRENCE, "return is_complex ? c + im * exchanged(x) : c;", "return is_complex ? c + im * x : c;"),
+    Mutation("Sum", RECURRENCE, "if (is_complex) crossed = crossed + g * exchanged(h);", "if (is_complex) crossed = g * exchanged(h);"),
+    Mutation("move_to", RECURRENCE, "total[l] += double(straight[l]);", "total[l] = double(straight[l]);"),
+    Mutation("read", RECURRENCE, "const T* from = row + at + v * kLanes<T>;", "const T* from = row + at + (full ? v : 0) * kLanes<T>;"),
+    Mutation("write", RECURRENCE, "store_first<T>(to, x, last);", "store_first<T>(to, x, 1);"),
+    Mutation("for_blocks", RECURRENCE, "if (vectors == 3) f(Block<T, 3, false>{at, last});", "if (vectors == 3) f(Block<T, 2, false>{at, last});"),
+    Mutation("Factors", RECURRENCE, "{Lambda + block.at + v * kLanes<T>, block.count(v), conjugate}", "{Lambda + block.at, block.count(v), conjugate}"),
+    Mutation("Share", RECURRENCE, "(call.Lambda.rows == 1 ? 0 : sequence * row) + at;", "at;"),
+    Mutation("of", RECURRENCE, "static_cast<T*>(view.data) + sequence * row + at", "static_cast<T*>(view.data) + at"),
+    Mutation("forward", RECURRENCE, "before = h + (t + steps - 1) * stride;", "before = h + t * stride;"),
+    Mutation("run", RECURRENCE, "before ? block.read(before, v) : Vector<T>{};", "Vector<T>{};"),
+    Mutation("backward", RECURRENCE, "if (start && begin == 0) reach_start(", "if (start && end == call.steps) reach_start("),
+    Mutation("turn_back", RECURRENCE, "last ? Vector<T>{} : block.read(g + end * stride, v);", "Vector<T>{};"),
+    Mutation("turn_back's first step", RECURRENCE, "t > 0 ? h + (t - 1) * stride : initial;", "t > 0 ? h + (t - 1) * stride : nullptr;"),
+    Mutation("reach_start", RECURRENCE, "L.of[v].times_plus(block.read(g, v), Vector<T>{}));", "block.read(g, v));"),
+    Mutation("for_shares", RECURRENCE, "min(N, (index + 1) * group), index);", "index * group + 1, index);"),
+    Mutation("backward's total", RECURRENCE, "sum += totals[i * row + l];", "sum = totals[i * row + l];"),
+    Mutation("load_first", PARTIAL, "x[l] = p[l];", "x[l] = p[0];"),
+    Mutation("store_first", PARTIAL, "p[l] = x[l];", "p[l] = x[0];"),
 ]  # fmt: skip

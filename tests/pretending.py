@@ -42,6 +42,7 @@ def cases() -> Iterator[Case]:
     yield from distillation()
     yield from distillation_on_gpus()
     yield from decompositions()
+    yield from recurrences()
 
 
 def alignment() -> Iterator[Case]:
@@ -181,6 +182,19 @@ def decompositions() -> Iterator[Case]:
             lambda x: kd.gramian_factors(x["Lambda"], x["B"], x["C"]),
             *(system, frozenset[str](), dtype),
         )
+
+
+def recurrences() -> Iterator[Case]:
+    n = 4
+    for reverse, own, initial in itertools.product((False, True), (False, True), (None, (n,), (3, 2, n))):
+        shapes = {"Lambda": (2, n) if own else (n,), "input": (3, 2, 5, n)}
+        shapes |= {} if initial is None else {"initial_state": initial}
+        for leaves, dtype in itertools.product(subsets(shapes), (torch.float32, torch.complex64, torch.bfloat16)):
+            yield Case(
+                f"linear_recurrence {' '.join(shapes)} {own=} {initial=} {reverse=}",
+                lambda x, reverse=reverse: kd.linear_recurrence(**x, reverse=reverse),
+                *(shapes, frozenset(leaves), dtype),
+            )
 
 
 def subsets(names: Any) -> Iterator[tuple[str, ...]]:

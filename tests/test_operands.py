@@ -51,6 +51,11 @@ def test_zeros_without_memory():
     assert loss == 1
     B, C = torch._efficientzerotensor((6, 2)), torch.ones(2, 6)
     assert not kd.hankel_singular_values(torch.full((6,), 0.5), B, C).any()
+    steps, ones = torch._efficientzerotensor((2, 3, 4)), torch.ones(4)
+    assert torch.equal(kd.linear_recurrence(ones, steps, ones, backend="native"), torch.ones(2, 3, 4))
+    still = torch._efficientzerotensor((4,)).requires_grad_()
+    h = kd.linear_recurrence(still, torch.ones(2, 3, 4), still, backend="native")
+    assert torch.equal(h, torch.ones(2, 3, 4)) and torch.equal(torch.autograd.grad(h.sum(), still)[0], 4 * ones)
 
 
 @native_only
@@ -59,6 +64,22 @@ def test_conjugates_and_negative_views_of_decompositions():
     torch.testing.assert_close(kd.svdvals(x), torch.linalg.svdvals(x))
     y = negative(3, 5, 4)
     torch.testing.assert_close(kd.svdvals(y), torch.linalg.svdvals(y))
+
+
+@native_only
+@pytest.mark.parametrize("which", range(4))
+def test_a_recurrence_of_negative_and_conjugate_views(which):
+    views = [negative(5), negative(2, 4, 5, seed=1), negative(2, 5, seed=2), negative(2, 4, 5, seed=3)]
+    draws = [torch.randn(x.shape, dtype=torch.complex64).conj() for x in views]
+    for operands in (views, draws):
+        found = {}
+        for backend in ("reference", "native"):
+            tensors = [x if i == which else x.resolve_neg().resolve_conj() for i, x in enumerate(operands)]
+            leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+            h = kd.linear_recurrence(*leaves, backend=backend)
+            found[backend] = (h, *torch.autograd.grad(h, leaves, tensors[3]))
+        for a, b in zip(found["native"], found["reference"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 # ---- nothing in memory
@@ -78,6 +99,11 @@ def test_what_lies_in_no_memory_is_refused(where):
         module.fingerprint(lost(300, 300), 1)
     with pytest.raises(ValueError, match="data is null"):
         module.svd(lost(2, 30, 30), True, True, 1)
+    given = [torch.ones(1, 30), torch.ones(2, 30, 30), torch.ones(2, 30), torch.ones(2, 30, 30)]
+    for k in range(4):
+        operands = [lost(*x.shape) if i == k else x for i, x in enumerate(given)]
+        with pytest.raises(ValueError, match="data is null"):
+            module.linear_recurrence(*operands, False, 1)
     if where != "meta":
         W, A, B = torch.ones(4, 40), torch.ones(2, 40), torch.ones(4, 2)
         with pytest.raises(ValueError, match="data is null"):
@@ -262,6 +288,7 @@ def test_options_that_are_arrays_are_named():
     for name, call in (
         ("backend", lambda: kd.svdvals(x, backend=wrong)),
         ("backend", lambda: kd.lora_linear(x, x, x, x, backend=wrong)),
+        ("backend", lambda: kd.linear_recurrence(x[0], x, backend=wrong)),
         ("metric", lambda: kd.projection_alignment_loss(x, x, metric=wrong)),
         ("reduction", lambda: kd.projection_alignment_loss(x, x, reduction=wrong)),
     ):

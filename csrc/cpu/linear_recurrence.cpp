@@ -122,7 +122,8 @@ struct Share {
   const LinearRecurrence& call;
   int64_t at, count;  // its numbers within a row
   int64_t row = call.order * (is_complex ? 2 : 1), stride = call.reverse ? -row : row;
-  int64_t chunk = max<int64_t>(1, min(kMostSteps, kChunkBytes / (count * int64_t(sizeof(T)))));
+  // by the row, not the share: sums end with a chunk, and shares differ between numbers of threads
+  int64_t chunk = max<int64_t>(1, min(kMostSteps, kChunkBytes / (row * int64_t(sizeof(T)))));
 
   template <class P>
   P* first(P* data, int64_t sequence) const {

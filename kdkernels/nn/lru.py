@@ -1,6 +1,7 @@
 """Linear recurrent units (Orvieto et al. 2023, arXiv 2303.06349), and a residual classifier of sequences from them."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import pi, prod
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdkernels.backend import BACKENDS
-from kdkernels.contract import check_choice, check_count, check_number, show
+from kdkernels.contract import autocast_dtype, check_choice, check_count, check_number, check_tensor, show
 from kdkernels.ops.linear_recurrence.state_space import state_space
 
 SMALLEST = 1e-8  # of |λ| and of angles, whose logarithms are parameters
+PRECISIONS = (torch.float32, torch.float64)  # whose complex numbers torch computes with
 
 
 class LRU(nn.Module):
@@ -58,7 +60,7 @@ class LRU(nn.Module):
         if not 0 < max_phase <= 2 * pi:
             raise ValueError(f"max_phase is {max_phase}, but must be above 0 and at most 2π")
         check_choice("backend", backend, BACKENDS)
-        if dtype not in (None, torch.float32, torch.float64):
+        if dtype not in (None, *PRECISIONS):
             raise TypeError(f"dtype is {dtype}, but must be torch.float32 or torch.float64")
         self.features = int(features)
         self.ring = (float(min_radius), float(max_radius), float(max_phase))
@@ -115,16 +117,23 @@ class LRU(nn.Module):
             return_state: hand on h_T too, from which the next call can go on.
 
         Returns:
-            y (..., T, H), or y and h_T (..., n).
+            y (..., T, H), or y and h_T (..., n), which is h_0 where there are no steps.
+
+        Raises:
+            TypeError, ValueError: the input is no floating-point tensor of this shape, or the parameters were cast to
+                what is neither float32 nor float64.
         """
         H, n = self.features, self.states
+        check_tensor("input", input)
         if input.dim() < 2 or input.shape[-1] != H:
             raise ValueError(f"input has shape {show(input.shape)}, but must be (..., T, {H})")
         leading, dtype = input.shape[:-2], self.D.dtype
         start = initial_state
         if start is not None and start.shape != (*leading, n):
             raise ValueError(f"initial_state has shape {show(start.shape)}, but must be {show((*leading, n))}")
-        with torch.autocast(input.device.type, enabled=False):
+        if dtype not in PRECISIONS:
+            raise TypeError(f"the parameters have dtype {dtype}, but must have torch.float32 or torch.float64")
+        with nullcontext() if autocast_dtype(input) is None else torch.autocast(input.device.type, enabled=False):
             u = input.to(dtype).reshape(prod(leading), *input.shape[-2:])
             start = None if start is None else start.to(dtype.to_complex()).reshape(prod(leading), n)
             B = torch.stack([self.B_re, self.B_im], 1) * self.gamma_log.exp().view(n, 1, 1)  # (n, 2, H)

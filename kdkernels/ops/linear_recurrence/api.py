@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import Contract, broadcast
+from kdkernels.contract import Contract, broadcast, show
 from kdkernels.ops.linear_recurrence import reference, schema
 from kdkernels.plans import Plans
 
@@ -62,9 +62,9 @@ def linear_recurrence(
         states = reference.linear_recurrence(Lambda, input, start, reverse)
         return states if states.dtype is plan.dtype else states.to(plan.dtype)
     n = input.shape[-1]
-    Lambda = Lambda.reshape(1, n) if plan.shared else Lambda.expand(*plan.leading, n).reshape(-1, n)
+    Lambda = Lambda.reshape(1, n) if plan.shared else Lambda.expand(*plan.leading, n).reshape(plan.sequences, n)
     if start is not None:
-        start = start.expand(*plan.leading, n).reshape(-1, n)
+        start = start.expand(*plan.leading, n).reshape(plan.sequences, n)
     states = plan.run(Lambda, input.reshape(plan.sequences, *input.shape[-2:]), start, reverse, plan.backend)
     return states.reshape(input.shape).to(plan.dtype)
 
@@ -91,7 +91,7 @@ def _decide(Lambda: Tensor, input: Tensor, initial_state: Tensor | None, reverse
     for name, x in given.items():
         if x is not None and name != "input" and broadcast(leading, tuple(x.shape[:-1]), name, "input") != leading:
             raise ValueError(
-                f"{name} has leading dimensions {tuple(x.shape[:-1])}, which must broadcast to input's {leading}"
+                f"{name} has leading dimensions {show(x.shape[:-1])}, which must broadcast to input's {show(leading)}"
             )
     dtype = tensors[0].dtype
     for x in tensors[1:]:

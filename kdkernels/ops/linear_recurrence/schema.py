@@ -53,8 +53,9 @@ def _(
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    rooms = (Lambda, states, states[:, 0])
-    return [x.new_empty(x.shape) if need else None for x, need in zip(rooms, needs, strict=True)]  # type: ignore[misc]
+    N, _, n = states.shape
+    rooms = (Lambda.shape, states.shape, (N, n))
+    return [states.new_empty(room) if need else None for room, need in zip(rooms, needs, strict=True)]  # type: ignore[misc]
 
 
 @cache

@@ -10,13 +10,14 @@ state, C is (p, 2n) with columns re, −im.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import without_autocast
+from kdkernels.contract import autocast_dtype, without_autocast
 from kdkernels.library import needs as needed
 from kdkernels.library import operator
 from kdkernels.ops.linear_recurrence import reference
@@ -35,7 +36,9 @@ def state_space(
     """
     chosen = backends.choose("linear_recurrence", backend, input.device.type, (Lambda.dtype,)).backend
     if chosen == "reference":
-        return composed(input, Lambda, B, C, initial_state, lambda *x: reference.linear_recurrence(*x, False))
+        return composed(
+            input, Lambda, B, C, initial_state, lambda *x: reference.linear_recurrence(x[0], x[1], x[2], False)
+        )
     return layer(input, Lambda, B, C, initial_state, chosen)
 
 
@@ -205,18 +208,25 @@ def _differentiate(ctx: Any, grad: Tensor, grad_last: Tensor, _: Any) -> tuple[A
     if not torch.is_grad_enabled():
         found = layer_backward(grad, grad_last, *tensors, cuts, wanted, ctx.backend)
         return *(x if need else None for x, need in zip(found, wanted, strict=True)), None
-    with torch.enable_grad():  # to be differentiated again: by way of all the states
-        outputs = composed(*tensors, lambda Lambda, x, start: _by_operator(Lambda, x, start, ctx.backend))
+    casting = autocast_dtype(grad) is not None  # not what forward was under
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False) if casting else nullcontext():
+        return *_composed_gradients(grad, grad_last, tensors, wanted, ctx.backend), None
+
+
+def _composed_gradients(
+    grad: Tensor, grad_last: Tensor, tensors: Sequence[Any], wanted: Sequence[bool], backend: str
+) -> list[Tensor | None]:
+    """To be differentiated again: by way of all the states."""
+    input, Lambda, B, C, initial = tensors
+    outputs = composed(
+        input, Lambda, B, C, initial, lambda *x: linear_recurrence(x[0][None], x[1], x[2], False, backend)
+    )
     leaves = [x for x, need in zip(tensors, wanted, strict=True) if need]
     reached, grads = zip(
         *((y, g) for y, g in zip(outputs, (grad, grad_last), strict=True) if y.requires_grad), strict=True
     )
     parts = iter(torch.autograd.grad(reached, leaves, grads, create_graph=True, allow_unused=True))
-    return *(next(parts) if need else None for need in wanted), None
-
-
-def _by_operator(Lambda: Tensor, x: Tensor, start: Tensor | None, backend: str) -> Tensor:
-    return linear_recurrence(Lambda.unsqueeze(0), x, start, False, backend)
+    return [next(parts) if need else None for need in wanted]
 
 
 layer.register_autograd(_differentiate, setup_context=_save)

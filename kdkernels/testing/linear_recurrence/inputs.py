@@ -64,8 +64,8 @@ def make_inputs(
     input = normal(N, n, T).mT if strided else normal(N, T, n)
     start = normal(N, n) if initial else None
     wanted = frozenset(needs) - (frozenset() if initial else {"initial_state"})
-    moved = [None if x is None else x.to(device, dtype) for x in (Lambda, input, start)]
-    return Inputs(*moved, reverse, wanted)  # type: ignore[arg-type]
+    Lambda, input = Lambda.to(device, dtype), input.to(device, dtype)
+    return Inputs(Lambda, input, None if start is None else start.to(device, dtype), reverse, wanted)
 
 
 Function = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
@@ -85,7 +85,8 @@ class Step:
 
     def __call__(self, function: Function) -> Outcome:
         """The states, and the wanted gradients of them times what arrives."""
-        states = function(*self.leaves, self.reverse)
+        Lambda, input, initial_state = self.leaves
+        states = function(Lambda, input, initial_state, self.reverse)
         grads: dict[str, Tensor] = {}
         if self.wanted:
             found = torch.autograd.grad(states, list(self.wanted.values()), self.incoming, allow_unused=True)
