@@ -5,6 +5,7 @@ C_r = C T_r (Moore 1981; the square-root form, no n × n inverse), and A_r = X �
 frequency response is then off by at most 2 Σ_{k>r} σ_k (Al-Saggaf and Franklin 1987, for discrete time).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from kdkernels.ops.hankel.api import choose
 from kdkernels.ops.hankel.kernel import wide
 from kdkernels.ops.hankel.systems import Operand, System, Systems, check
 
+HOPELESS = 8  # ranks at which rounding alone is more than the error asked for: more states will not mend that
 KEEP = 0.95  # a reduction by less than this share is not worth its change of basis (CompreSSM)
 EPS = torch.finfo(torch.float64).eps
 SIGMA_ERROR = 1e-9  # relative, of the Hankel singular values in float64
@@ -60,13 +62,36 @@ class BalancedTruncation:
         return x.to(dtype) @ self.lift.to(dtype)
 
 
+@dataclass(frozen=True)
+class Order:
+    """How many states a system keeps: exactly one of the three, as in `balanced_truncation`."""
+
+    rank: int | None = None
+    tolerance: float | None = None
+    error: float | None = None
+
+    def least(self, sigma: Tensor) -> int:
+        """The rank that the Hankel singular values (..., n) suggest."""
+        n = sigma.shape[-1]
+        if self.rank is not None:
+            return self.rank
+        if self.tolerance is not None:
+            rank = _needed(sigma, self.tolerance)
+            return rank if rank < KEEP * n else n
+        assert self.error is not None
+        tails = sigma.flip(-1).cumsum(-1).flip(-1)  # of the ranks 0 … n − 1
+        ranks = (2 * tails > float(self.error)).sum(-1)
+        return max(1, int(ranks.max())) if ranks.numel() else n
+
+
 def balanced_truncation(
     Lambda: Operand,
     B: Operand,
     C: Operand,
     *,
-    rank: int | None = None,
+    rank: int | Sequence[int] | None = None,
     tolerance: float | None = None,
+    error: float | None = None,
     backend: str = "auto",
 ) -> Any:
     """The diagonal system of lower order r that keeps the largest Hankel singular values of h⁺ = Λh + Bu, y = Ch.
@@ -77,9 +102,12 @@ def balanced_truncation(
         Lambda: (..., n), real or complex, float32 or float64, |λ| < 1.
         B: (..., n, m).
         C: (..., p, n). Leading dimensions broadcast. Or each a list of such tensors, systems of different sizes.
-        rank: r, exactly; at least 1 and at most n.
+        rank: r, exactly; at least 1 and at most n. For lists also a list, one for each system.
         tolerance: τ ≥ 0: the smallest r whose Σ_{k≤r} σ_k / Σσ_k ≥ 1 − τ, and nothing is reduced unless r < 0.95 n
-            (CompreSSM, arXiv 2510.02823). Systems in leading dimensions get one rank, the largest that any of them
+            (CompreSSM, arXiv 2510.02823).
+        error: ε ≥ 0: the smallest r whose `error_bound` is at most ε, which is absolute: no input sequence then changes
+            the output sequence by more than ε times its own l2 norm. Where rounding alone is more than ε, nothing is
+            reduced. Systems in leading dimensions get one rank, for tolerance and error the largest that any of them
             needs; the systems of a list get each their own.
         backend: `"auto"`, `"reference"` or `"native"`: what computes the Hankel singular values and their vectors. One
             that was asked for by name and cannot serve raises.
@@ -96,28 +124,62 @@ def balanced_truncation(
         ValueError: shapes, devices or options do not fit, a system is not finite, or some |λ| ≥ 1.
     """
     systems = check(Lambda, B, C)
-    check_order(systems, rank, tolerance)
-    chosen = choose("balanced_truncation", backend, systems)
-    with torch.no_grad():
-        found = [_truncate(systems, i, rank, tolerance, chosen.backend) for i in range(len(systems.members))]
+    found = reduce_all(systems, orders(systems, rank, tolerance, error), backend)
     return found if systems.is_list else found[0]
 
 
-def check_order(systems: Systems, rank: int | None, tolerance: float | None) -> None:
-    """Raise unless exactly one of them says how many states to keep."""
-    if (rank is None) == (tolerance is None):
-        raise ValueError("rank and tolerance: exactly one of them must be given")
-    if rank is not None:
+def orders(
+    systems: Systems, rank: int | Sequence[int] | None, tolerance: float | None, error: float | None
+) -> list[Order]:
+    """What each system keeps. Raises unless exactly one of the three says so."""
+    if sum(x is not None for x in (rank, tolerance, error)) != 1:
+        raise ValueError("rank, tolerance and error: exactly one of them must be given")
+    count = len(systems.members)
+    if rank is None:
+        for name, value in (("tolerance", tolerance), ("error", error)):
+            if value is not None:
+                check_number(name, value)
+        return [Order(tolerance=tolerance, error=error)] * count
+    several = isinstance(rank, (list, tuple))
+    if several and not systems.is_list:
+        raise TypeError(f"rank is {type(rank).__name__}, but must be a whole number, as Lambda is no list")
+    ranks: Sequence[int] = rank if several else [rank] * count  # type: ignore[assignment,list-item]
+    if len(ranks) != count:
+        raise ValueError(f"rank has {len(ranks)} numbers, but must have {count}, as Lambda has systems")
+    if not several:
         check_count("rank", rank)
-        for i, member in enumerate(systems.members):
-            if rank > member.order:
-                which = f"Lambda[{i}]" if systems.is_list else "Lambda"
-                raise ValueError(f"rank is {rank}, but must be at most n = {member.order}, as in {which}")
-    else:
-        check_number("tolerance", tolerance)
+    for i, (r, member) in enumerate(zip(ranks, systems.members, strict=True)):
+        name = f"rank[{i}]" if several else "rank"
+        check_count(name, r)
+        if r > member.order:
+            which = f"Lambda[{i}]" if systems.is_list else "Lambda"
+            raise ValueError(f"{name} is {r}, but must be at most n = {member.order}, as in {which}")
+    return [Order(rank=int(r)) for r in ranks]
 
 
-def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | None, backend: str) -> BalancedTruncation:
+def _as_it_is(i: int, reduced: BalancedTruncation) -> BalancedTruncation:
+    return reduced
+
+
+def reduce_all(
+    systems: Systems,
+    orders: Sequence[Order],
+    backend: str,
+    store: Callable[[int, BalancedTruncation], BalancedTruncation] = _as_it_is,
+) -> list[BalancedTruncation]:
+    """Every system reduced. `store` rounds the i-th to how it will be kept, which its error bound then includes."""
+    chosen = choose("balanced_truncation", backend, systems)
+    with torch.no_grad():
+        return [_truncate(systems, i, order, chosen.backend, store) for i, order in enumerate(orders)]
+
+
+def _truncate(
+    systems: Systems,
+    i: int,
+    order: Order,
+    backend: str,
+    store: Callable[[int, BalancedTruncation], BalancedTruncation],
+) -> BalancedTruncation:
     system = systems.members[i]
     for name, x in (("Lambda", system.Lambda), ("B", system.B), ("C", system.C)):
         if not bool(x.isfinite().all()):
@@ -127,15 +189,18 @@ def _truncate(systems: Systems, i: int, rank: int | None, tolerance: float | Non
         systems.refuse_unstable()
     if not bool(sigma.isfinite().all()):
         raise ValueError("B and C are too large: their Hankel singular values leave float64's range")
-    n = system.order
-    if rank is None:
-        assert tolerance is not None
-        rank = _needed(sigma, tolerance)
-        rank = rank if rank < KEEP * n else n
-    for r in range(rank, n):
+    hopeless = 0
+    for r in range(order.least(sigma), system.order):
         reduced = _reduce(system, sigma, T, W, r)
-        if reduced is not None:
+        if reduced is None:
+            continue
+        reduced = store(i, reduced)
+        if order.error is None or bool((reduced.error_bound <= order.error).all()):
             return reduced
+        rounding = reduced.error_bound - 2 * sigma[..., r:].sum(-1)
+        hopeless += bool((rounding > order.error).any())
+        if hopeless == HOPELESS:
+            break
     return _untruncated(system, sigma)
 
 
@@ -196,7 +261,7 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
     moved = moved + (out * (magnified @ error_B).norm(dim=-1)).sum(-1)
     moved = moved + ((error_C @ X.abs()).norm(dim=-2) * into).sum(-1)
     wide_rounded = tuple(map(wide, rounded))
-    moved = moved + _distance((eigenvalues, B_d, C_d), wide_rounded, gain)
+    moved = moved + distance((eigenvalues, B_d, C_d), wide_rounded, gain)
     tail = (1 + SIGMA_ERROR) * 2 * sigma[..., r:].sum(-1) + 2 * n * EPS * sigma[..., :1].sum(-1) * (n - r)
     return BalancedTruncation(
         rounded[0],
@@ -211,7 +276,7 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
     )
 
 
-def _distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...], gain: Tensor) -> Tensor:
+def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...], gain: Tensor) -> Tensor:
     """A bound of ‖G_a(z) − G_b(z)‖ on |z| = 1, mode by mode: ‖c b‖/|z − λ| of two neighbours."""
     (pole, B, C), (pole_b, B_b, C_b) = a, b
     change_B, change_C = (B - B_b).norm(dim=-1), (C - C_b).norm(dim=-2)
