@@ -5,6 +5,7 @@ from kdkernels.nn.linear_distillation import LinearDistillation
 from kdkernels.nn.lora_linear import LoRALinear
 from kdkernels.nn.lru import LRU, LRUBlock, LRUClassifier
 from kdkernels.nn.projection_alignment import FrozenProjection, ProjectionAlignment, resample_frames
+from kdkernels.nn.truncation import TruncatedLayer, Truncation, keep_states, truncate
 
 __all__ = [
     "LRU",
@@ -14,6 +15,10 @@ __all__ = [
     "LinearDistillation",
     "LoRALinear",
     "ProjectionAlignment",
+    "TruncatedLayer",
+    "Truncation",
     "head_of",
+    "keep_states",
     "resample_frames",
+    "truncate",
 ]
