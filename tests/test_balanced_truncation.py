@@ -145,6 +145,57 @@ def test_broadcast_leading_dimensions_and_empty_ones():
     assert nothing.rank == 0 and nothing.Lambda.shape == (3, 0)
 
 
+def test_a_list_of_ranks_is_one_for_each_system():
+    systems = [single("LRU", n, 2, 2, n) for n in (6, 9, 12)]
+    lists = [list(x) for x in zip(*systems, strict=True)]
+    found = kd.balanced_truncation(*lists, rank=[2, 9, 7])
+    assert [x.rank for x in found] == [2, 9, 7]
+    for system, reduced in zip(systems, found, strict=True):
+        check(system, reduced)
+    for ranks, message in (
+        ([2, 3], "rank has 2 numbers, but must have 3, as Lambda has systems"),
+        ([2, 10, 3], r"rank\[1\] is 10, but must be at most n = 9, as in Lambda\[1\]"),
+        ([2, 3, 0], r"rank\[2\] is 0, but must be a whole number of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kd.balanced_truncation(*lists, rank=ranks)
+
+
+@pytest.mark.parametrize("dtype", (torch.complex64, torch.complex128))
+def test_an_error_is_met_by_the_smallest_rank_that_meets_it(dtype):
+    for family in ("LRU", "mamba", "clustered", "conjugate pairs"):
+        system = single(family, 14, 2, 2, 3, dtype)
+        scale = 2 * kd.hankel_singular_values(*system).double().sum().item()
+        for error in (0.5 * scale, 0.05 * scale, 1e-3 * scale):
+            reduced = kd.balanced_truncation(*system, error=error)
+            assert check(system, reduced)[1] <= error
+            if reduced.rank > 1:
+                less = kd.balanced_truncation(*system, rank=reduced.rank - 1)
+                assert less.rank == reduced.rank or less.error_bound > error
+    assert kd.balanced_truncation(*system, error=2 * scale).rank == 1
+    assert not kd.balanced_truncation(*system, error=0).reduced
+
+
+def test_rounding_counts_against_an_error():
+    """The tail alone would meet it at a smaller rank than the certificate does, or rounding alone exceeds it."""
+    system = single("mamba", 16, 1, 1, 0, torch.complex64)
+    sigma = kd.balanced_truncation(*system, rank=1).singular_values
+    bounds = [kd.balanced_truncation(*system, rank=r).error_bound for r in range(1, 16)]
+    rounding = min(b - 2 * sigma[r:].sum() for r, b in enumerate(bounds, 1)).item()
+    hopeless = kd.balanced_truncation(*system, error=0.5 * rounding)
+    assert not hopeless.reduced and hopeless.error_bound == 0
+    assert int((2 * sigma.flip(0).cumsum(0).flip(0) > 0.5 * rounding).sum()) < 16
+
+
+def test_errors_of_leading_dimensions_and_of_lists():
+    systems = [single(family, 14, 2, 2, 0) for family in ("mamba", "LRU", "clustered")]
+    apart = kd.balanced_truncation(*(list(x) for x in zip(*systems, strict=True)), error=3.0)
+    ranks = [x.rank for x in apart]
+    assert len(set(ranks)) > 1 and all(x.error_bound <= 3.0 for x in apart)
+    together = kd.balanced_truncation(*(torch.stack(x) for x in zip(*systems, strict=True)), error=3.0)
+    assert together.rank == max(ranks) and (together.error_bound <= 3.0).all()
+
+
 # ---- stability and diagonalisation
 
 
@@ -247,6 +298,11 @@ def test_no_gradient_is_kept():
     (
         ({}, ValueError, "rank, tolerance and error: exactly one of them must be given"),
         ({"rank": 2, "tolerance": 0.1}, ValueError, "rank, tolerance and error: exactly one"),
+        ({"tolerance": 0.1, "error": 0.1}, ValueError, "rank, tolerance and error: exactly one"),
+        ({"rank": [2]}, TypeError, "rank is list, but must be a whole number, as Lambda is no list"),
+        ({"error": -1}, ValueError, "error is -1, but must be at least 0"),
+        ({"error": None, "tolerance": True}, TypeError, "tolerance is bool, but must be a number"),
+        ({"error": "0"}, TypeError, "error is str, but must be a number"),
         ({"rank": 4}, ValueError, "rank is 4, but must be at most n = 3, as in Lambda"),
         ({"rank": 0}, ValueError, "rank is 0, but must be a whole number of at least 1"),
         ({"rank": 1.5}, ValueError, "rank is 1.5"),

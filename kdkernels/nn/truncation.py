@@ -1,67 +1,71 @@
-"""State-space layers that lose states while they train: CompreSSM (arXiv 2510.02823) and its plain alternatives."""
+"""Models of linear recurrent units made smaller while they train: `truncate` and `keep_states`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import pi
+from math import log, pi
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdkernels.contract import check_choice, check_count, is_whole
-from kdkernels.nn.lru import LRU
-from kdkernels.ops.hankel.truncation import BalancedTruncation, balanced_truncation, distance
+from kdkernels.nn.lru import SMALLEST
+from kdkernels.nn.moments import Basis, Transport, transported
+from kdkernels.nn.replacing import (
+    Layer,
+    Replacement,
+    States,
+    check_optimizer,
+    find_layers,
+    options_of,
+    replace,
+    sliced,
+    states_of,
+)
+from kdkernels.ops.hankel.systems import check
+from kdkernels.ops.hankel.truncation import BalancedTruncation, distance, orders, reduce_all
 
 MOMENTS = ("transport", "reset", "slice")
-STATE_DIMENSION = {"nu_log": 0, "theta_log": 0, "gamma_log": 0, "B_re": 0, "B_im": 0, "C_re": 1, "C_im": 1}
-FIRST = ("exp_avg", "momentum_buffer", "grad_avg")  # what optimisers of torch call running means of gradients
-SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")  # and of their squares
-SMALLEST_RADIUS = 1e-30
-
-System = tuple[Tensor, Tensor, Tensor]
-State = dict[str, Any]  # an optimiser's, of one parameter
+NEAR = 1e-4  # angles nearer to 0 go once round: the gradient of θ_log has the angle as a factor
 
 
 @dataclass(frozen=True)
 class TruncatedLayer:
-    """What happened to one layer."""
+    """What became of one `LRU`."""
 
-    name: str  # of the module in the model; empty for the model itself
-    states_before: int
-    states: int
-    singular_values: Tensor  # (states_before), float64, descending: what each balanced state was worth
-    error_bound: float  # no input's outputs (those of the states, without D) are off by more, times the input's 2-norm
-    condition: float  # of the eigenvectors that made the layer diagonal again
+    name: str  # in the model; empty where the model is the layer
+    states_before: int  # n
+    states: int  # r
+    singular_values: Tensor  # (n,) before, float64
+    error_bound: float  # no input sequence changes the output by more than so much of its l2 norm; 0 where r = n
+    condition: float  # of the eigenvectors that made it diagonal again; 1 where r = n
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What `truncate` did, layer by layer."""
+    """What became of a model."""
 
     layers: tuple[TruncatedLayer, ...]
 
     @property
-    def reduced(self) -> bool:
-        """Whether any layer lost states."""
-        return any(layer.states < layer.states_before for layer in self.layers)
-
-    @property
     def states(self) -> list[int]:
-        """Of each layer, now."""
+        """r of each layer: what `LRUClassifier` takes, to load what was saved afterwards."""
         return [layer.states for layer in self.layers]
 
+    @property
+    def reduced(self) -> bool:
+        """Whether any state was taken away."""
+        return any(layer.states < layer.states_before for layer in self.layers)
+
     def __str__(self) -> str:
-        rows = [
-            f"{layer.name or 'model'}: {layer.states_before} -> {layer.states} states, error at most "
-            f"{layer.error_bound:.3g} (largest singular value {float(layer.singular_values[0]):.3g}), "
-            f"condition {layer.condition:.3g}"
+        return "\n".join(
+            f"{layer.name or 'model'}: {layer.states_before} -> {layer.states} states, "
+            f"error at most {layer.error_bound:.3g}, condition {layer.condition:.3g}"
             for layer in self.layers
-        ]
-        return "\n".join(rows)
+        )
 
 
-@torch.no_grad()
 def truncate(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
@@ -72,326 +76,217 @@ def truncate(
     moments: str = "transport",
     backend: str = "auto",
 ) -> Truncation:
-    """Take the least important states out of every `LRU` of a model, and go on training: CompreSSM's reduction.
+    """Balanced truncation of every `LRU` in a model, in place, with its optimiser's state, between two steps.
 
-    All layers are balanced by one call of `kdkernels.balanced_truncation`, on their device, in float64. A layer that
-    loses states gets new parameters, with γ = √(1 − |λ|²), and the optimiser knows them in the old ones' place; one
-    that keeps all is not touched. Exactly one of `tolerance`, `ranks` and `error` says how far to go.
+    The systems (Λ, γB, C) are formed in float64 from the parameters and reduced as by `kdkernels.balanced_truncation`;
+    D is left alone. Exactly one of tolerance, ranks and error says how far. A reduced layer gets new parameters without
+    gradients, with the devices, dtypes and `requires_grad` of the old; a layer that keeps its states keeps its
+    parameters and their state. Where anything raises, model and optimiser are as they were.
+
+    The error bounds are those of the parameters as they are stored, in float32 perhaps, as maps of sequences in exact
+    arithmetic; of the layers, not of the model. What runs on copies of the parameters (an average of weights, a scaler
+    of gradients by parameter, `DistributedDataParallel`) must be made anew; processes with equal models and optimisers
+    are equal afterwards.
 
     Args:
-        model: holds the layers. Not a DistributedDataParallel: truncate its `module`, and wrap that anew.
-        optimizer: any of torch's.
-        tolerance: τ ≥ 0, CompreSSM's rule: as few states as keep the share 1 − τ of the sum of the Hankel singular
-            values, and only if these are fewer than 95 % of a layer's.
-        ranks: states to keep: of every layer, of each in the order of `named_modules`, or by name; layers that are not
-            named keep all.
-        error: ε ≥ 0, as few states as have an error bound of at most ε: then the 2-norm over time of what a layer's
-            outputs change by is at most ε times that of its inputs, whatever they are.
-        moments: what becomes of the optimiser's running means. `"transport"`: those of the gradients of B and C move
-            to the new basis, exactly; their squares as variances do, v′ = |M|² v, exactly for uncorrelated gradients;
-            of λ and γ, which do not move linearly, the means are 0 and the squares their mean over the old states.
-            `"reset"`: the optimiser forgets the parameters. `"slice"`: the first states' are taken, though the basis is
-            another (what CompreSSM's code does). What is in no known place is forgotten. Counts of steps are kept.
-        backend: of `balanced_truncation`.
+        model: an `LRU`, or a module with some in it, compiled or not. One that appears several times is reduced once.
+        optimizer: whose parameter groups and state go on with the new parameters. Any but LBFGS.
+        tolerance: τ, CompreSSM's rule for each layer: the smallest r with Σ_{k≤r} σ_k ≥ (1 − τ) Σσ_k, taken only if
+            r < 0.95 n.
+        ranks: r of all layers, of each in the order of `named_modules`, or of some by their names; at least 1 and at
+            most n, which leaves a layer alone.
+        error: ε: in each layer the smallest r whose `error_bound` is at most ε. It is absolute, the largest l2 norm of
+            the change of an output sequence for an input sequence of l2 norm 1, and answers how to choose τ.
+        moments: what becomes of the optimiser's state of replaced parameters.
+
+            - `"transport"`: moved to the new basis. First moments (`exp_avg`, `momentum_buffer`, `grad_avg`) move as
+              gradients do: exactly for B, C and γ, for Λ as far as the gradient of a full state matrix is known.
+              Second moments (`exp_avg_sq`, `max_exp_avg_sq`, `square_avg`, `sum`) move as the variances of independent
+              numbers do, beside the first moments' squares: they are positive, and what was moved never asks Adam for
+              a step above its learning rate. Steps are kept. The momentum of RMSprop, which is of steps, begins at 0,
+              and a state with other tensors is reset. The formulas are in `kdkernels/nn/moments.py`.
+            - `"reset"`: dropped, as of a parameter that was not stepped yet.
+            - `"slice"`: the first r rows, as CompreSSM does, although they are of other states.
+        backend: as in `kdkernels.balanced_truncation`.
 
     Returns:
-        `Truncation`. The error bounds are those of the parameters as they are stored.
+        `Truncation`: for each layer its sizes, Hankel singular values, error bound and condition number.
+
+        Where a reduced layer would not be stable, the next greater rank is taken, and at last the layer as it was.
 
     Raises:
-        TypeError: the model is no module, or the optimizer none of torch's.
-        ValueError: there is no LRU, a parameter is not finite, or an option does not fit. Nothing was changed then.
+        TypeError, ValueError: the model has no `LRU`, is wrapped by DistributedDataParallel, or holds a parameter that
+            is not finite or a |λ| that is 1; an option does not fit. The message names the layer or the argument.
     """
+    check_choice("moments", moments, MOMENTS)
     layers = find_layers(model)
     check_optimizer(optimizer)
-    check_choice("moments", moments, MOMENTS)
     if sum(x is not None for x in (tolerance, ranks, error)) != 1:
         raise ValueError("tolerance, ranks and error: exactly one of them must be given")
-    systems = [system_of(name, lru) for name, lru in layers.items()]
-    options: dict[str, Any] = {"tolerance": tolerance, "error": error}
-    if ranks is not None:
-        options = {"rank": _ranks(ranks, layers)}
-    found = balanced_truncation(*map(list, zip(*systems, strict=True)), **options, backend=backend)
-    stored = [store(one, lru) for one, lru in zip(found, layers.values(), strict=True)]
-    bounds = [_bound(one, system) for one, system in zip(found, stored, strict=True)]
-    while error is not None and any(bound > error for bound in bounds):  # by what rounding the parameters added
-        ranks = [one.rank + (bound > error) for one, bound in zip(found, bounds, strict=True)]
-        found = balanced_truncation(*map(list, zip(*systems, strict=True)), rank=ranks, backend=backend)
-        stored = [store(one, lru) for one, lru in zip(found, layers.values(), strict=True)]
-        bounds = [_bound(one, system) for one, system in zip(found, stored, strict=True)]
-    replacements = [
-        replacement
-        for one, parameters, lru in zip(found, stored, layers.values(), strict=True)
-        if one.reduced
-        for replacement in _replacements(lru, parameters, optimizer, moments, one)
-    ]
-    _replace(replacements, optimizer)
+    chosen = None if ranks is None else _ranks(layers, ranks)
+    with torch.no_grad():
+        bases = [_basis(layer) for layer in layers]
+        systems = check(*(list(x) for x in zip(*(basis.system() for basis in bases), strict=True)))
+
+        def store(i: int, reduced: BalancedTruncation) -> "Stored":
+            return stored(reduced, layers[i].module.nu_log.dtype)
+
+        found = reduce_all(systems, orders(systems, chosen, tolerance, error), backend, store)
+        replacements = [
+            Replacement(layer, reduced.parameters, _states(optimizer, layer, basis, reduced, moments))
+            for layer, basis, reduced in zip(layers, bases, found, strict=True)
+            if isinstance(reduced, Stored)
+        ]
+        replace(optimizer, replacements)
     return Truncation(
         tuple(
-            TruncatedLayer(name, len(one.singular_values), one.rank, one.singular_values, bound, float(one.condition))
-            for name, one, bound in zip(layers, found, bounds, strict=True)
+            TruncatedLayer(
+                layer.name,
+                reduced.singular_values.shape[-1],
+                reduced.rank,
+                reduced.singular_values,
+                reduced.error_bound.item(),
+                reduced.condition.item(),
+            )
+            for layer, reduced in zip(layers, found, strict=True)
         )
     )
 
 
-@torch.no_grad()
 def keep_states(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
-    states: Mapping[str, Tensor] | Sequence[Tensor],
+    states: Sequence[Any] | Mapping[str, Any],
 ) -> None:
-    """Keep some states of every `LRU` as they are, and drop the others: pruning, beside which to see `truncate`.
+    """Plain pruning: of every `LRU` in a model only these states, in place, with their optimiser's state.
 
-    Parameters and whatever the optimiser holds of them are sliced.
+    Nothing else changes: parameters and the tensors of their shape in the optimiser's state are sliced. So modes are
+    pruned by |λ|, or at random, to compare with `truncate`, whose remarks on copies of parameters hold here too. A
+    layer that keeps all its states in their order keeps its parameters.
 
     Args:
-        model, optimizer: as for `truncate`.
-        states: the places of those to keep, whole numbers, in each layer: a tensor for each in the order of
-            `named_modules`, or by name; layers that are not named keep all.
+        model, optimizer: as in `truncate`.
+        states: for each layer the indices it keeps, tensors or sequences of whole numbers from 0 to n − 1, each once
+            and at least one, in the order that they shall have; or of some layers by their names.
 
     Raises:
-        TypeError, ValueError: as for `truncate`.
+        TypeError, ValueError: as `truncate`, or the indices do not fit; the message names the layer.
     """
     layers = find_layers(model)
     check_optimizer(optimizer)
-    chosen = _by_layer("states", states, layers)
     replacements = []
-    for name, places in chosen.items():
-        lru = layers[name]
-        index = torch.as_tensor(places, device=lru.nu_log.device)
-        n = lru.states
-        if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype is torch.bool:
-            raise TypeError(f"states of {name or 'the model'} must be one row of whole numbers")
-        if not len(index) or int(index.min()) < 0 or int(index.max()) >= n or len(index.unique()) < len(index):
-            raise ValueError(
-                f"states of {name or 'the model'} must be different numbers from 0 to {n - 1}, at least one"
-            )
-        for parameter in STATE_DIMENSION:
-            dim = STATE_DIMENSION[parameter]
-            old = getattr(lru, parameter)
-            sliced = partial(torch.index_select, dim=dim, index=index)
-            state = _each(_state_of(optimizer, old), old, sliced)
-            replacements.append(_Replacement(lru, parameter, _like(sliced(old), old), state))
-    _replace(replacements, optimizer)
-
-
-# ---- layers and their systems
-
-
-def find_layers(model: nn.Module) -> dict[str, LRU]:
-    """Every LRU of a model by its name, once each."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}, but must be a torch.nn.Module")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("model is a DistributedDataParallel, but must be its module: wrap that anew afterwards")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LRU)}
-    if not layers:
-        raise ValueError("model has no kdkernels.nn.LRU")
-    return layers
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Raise TypeError unless it is None or one of torch's."""
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is {type(optimizer).__name__}, but must be a torch.optim.Optimizer")
-
-
-def system_of(name: str, lru: LRU) -> System:
-    """Λ (n), γB (n, H), C (H, n) in float64, λ from the logarithms, so that nothing is lost near the unit circle."""
-    for parameter in STATE_DIMENSION:
-        if not bool(getattr(lru, parameter).isfinite().all()):
-            where = f"{name}.{parameter}" if name else parameter
-            raise ValueError(f"{where} is not finite: the training has diverged")
-    wide = {parameter: getattr(lru, parameter).to(torch.float64) for parameter in STATE_DIMENSION}
-    return assemble(wide)
-
-
-def assemble(parameters: Mapping[str, Tensor]) -> System:
-    """Λ, γB and C of parameters in float64."""
-    p = parameters
-    Lambda = torch.polar(torch.exp(-p["nu_log"].exp()), p["theta_log"].exp())
-    B = torch.complex(p["B_re"], p["B_im"]) * p["gamma_log"].exp().unsqueeze(-1)
-    return Lambda, B, torch.complex(p["C_re"], p["C_im"])
-
-
-def store(found: BalancedTruncation, lru: LRU) -> dict[str, Tensor]:
-    """The parameters of a reduced system, in the layer's dtype.
-
-    An angle of 0 has no logarithm, so it is stored as 2π, which a gradient can still move; and no rounding may bring
-    |λ| to 1.
-    """
-    dtype = lru.nu_log.dtype
-    nearest = torch.finfo(dtype).eps  # of −log |λ|: exp of less rounds to 1
-    radius = found.Lambda.abs().clamp_min(SMALLEST_RADIUS)
-    nu = (-radius.log()).clamp_min(nearest)
-    angle = found.Lambda.angle() if found.Lambda.is_complex() else torch.where(found.Lambda < 0, pi, 0.0)
-    theta = torch.where(angle > 0, angle, angle + 2 * pi)
-    nu_log = nu.log().to(dtype)
-    gamma_log = 0.5 * torch.log(-torch.expm1(-2 * nu_log.to(torch.float64).exp()))
-    B = found.B / gamma_log.to(dtype).to(torch.float64).exp().unsqueeze(-1)
-    parts = {"nu_log": nu_log, "theta_log": theta.log(), "gamma_log": gamma_log}
-    parts |= {"B_re": B.real, "B_im": B.imag, "C_re": found.C.real, "C_im": found.C.imag}
-    return {name: x.to(dtype) for name, x in parts.items()}
-
-
-def _bound(found: BalancedTruncation, stored: Mapping[str, Tensor]) -> float:
-    """The error bound of what is stored: rounding the parameters moves the system too."""
-    if not found.reduced:
-        return 0.0
-    system = assemble({name: x.to(torch.float64) for name, x in stored.items()})
-    radius = torch.maximum(found.Lambda.abs(), system[0].abs())
-    moved = distance((found.Lambda, found.B, found.C), system, 1 / (1 - radius))
-    return float(found.error_bound + moved)
-
-
-def _ranks(ranks: Any, layers: Mapping[str, LRU]) -> list[int]:
-    """One for each layer."""
-    if is_whole(ranks):
-        ranks = [ranks] * len(layers)
-    chosen = {name: lru.states for name, lru in layers.items()} | _by_layer("ranks", ranks, layers)
-    for name, rank in chosen.items():
-        check_count(f"ranks of {name or 'the model'}", rank)
-        if rank > layers[name].states:
-            raise ValueError(f"{name or 'the model'} has {layers[name].states} states, but shall keep {rank} of them")
-    return list(chosen.values())
-
-
-def _by_layer(option: str, values: Any, layers: Mapping[str, LRU]) -> dict[str, Any]:
-    """What an option says of each layer."""
-    if isinstance(values, Mapping):
-        unknown = [name for name in values if name not in layers]
-        if unknown:
-            raise ValueError(f"{option} names {unknown[0]!r}, but the layers are {', '.join(map(repr, layers))}")
-        return dict(values)
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{option} is {type(values).__name__}, but must be a list or a dict, by layer")
-    if len(values) != len(layers):
-        raise ValueError(f"{option} has {len(values)} entries, but the model has {len(layers)} layers")
-    return dict(zip(layers, values, strict=True))
-
-
-# ---- parameters and what an optimiser knows of them
+    with torch.no_grad():
+        for layer, given in zip(layers, _each(layers, "states", states), strict=True):
+            if given is None:
+                continue
+            kept = _indices(layer, given)
+            if kept.tolist() == list(range(layer.module.states)):
+                continue
+            values, moved = sliced(layer, states_of(optimizer, layer), kept)
+            replacements.append(Replacement(layer, values, moved))
+        replace(optimizer, replacements)
 
 
 @dataclass(frozen=True)
-class _Replacement:
-    """A parameter of a layer, the one that takes its place, and what the optimiser shall know of that."""
+class Stored(BalancedTruncation):
+    """A reduced system as an LRU's parameters, by which its error bound is larger."""
 
-    lru: LRU
-    name: str
-    new: nn.Parameter
-    state: State
+    parameters: dict[str, Tensor]
 
 
-def _replace(replacements: Sequence[_Replacement], optimizer: torch.optim.Optimizer | None) -> None:
-    """Nothing in here can fail: either all are replaced or, before, none."""
-    new = {}
-    for one in replacements:
-        new[getattr(one.lru, one.name)] = one
-        setattr(one.lru, one.name, one.new)
-    if optimizer is None:
-        return
-    for group in optimizer.param_groups:
-        group["params"] = [new[p].new if p in new else p for p in group["params"]]
-    for old, one in new.items():
-        if optimizer.state.pop(old, None) is not None and one.state:
-            optimizer.state[one.new] = one.state
+def stored(reduced: BalancedTruncation, dtype: torch.dtype) -> Stored:
+    """The parameters in their dtype, with γ = √(1 − |λ|²), and a bound of the error that they have."""
+    Lambda, B, C = (x.to(torch.complex128) for x in (reduced.Lambda, reduced.B, reduced.C))
+    nu, theta = -Lambda.abs().clamp_min(SMALLEST).log(), Lambda.angle()
+    nu_log, theta_log = nu.log().to(dtype), torch.where(theta < NEAR, theta + 2 * pi, theta).log().to(dtype)
+    # in their own dtype too |λ| is below 1
+    while bool((outside := torch.exp(torch.complex(-nu_log.exp(), theta_log.exp())).abs() >= 1).any()):
+        nu_log = torch.where(outside, nu_log + log(2), nu_log)
+    gamma_log = (0.5 * torch.log(-torch.expm1(-2 * nu_log.double().exp()))).to(dtype)
+    B_ = B / gamma_log.double().exp().unsqueeze(-1)
+    parts = {"B_re": B_.real, "B_im": B_.imag, "C_re": C.real, "C_im": C.imag}
+    parameters = {"nu_log": nu_log, "theta_log": theta_log, "gamma_log": gamma_log}
+    parameters |= {name: x.to(dtype) for name, x in parts.items()}
+    basis = Basis({name: x.double() for name, x in parameters.items()})
+    gain = 1 / torch.minimum(1 - Lambda.abs(), -torch.expm1(-basis.nu))
+    moved = distance((Lambda, B, C), basis.system(), gain)
+    own = {field.name: getattr(reduced, field.name) for field in dataclasses.fields(reduced)}
+    own["error_bound"] = reduced.error_bound + 2 * moved  # twice, for its own rounding
+    return Stored(**own, parameters=parameters)
 
 
-def _like(value: Tensor, old: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.to(old.device, old.dtype).contiguous(), requires_grad=old.requires_grad)
+def _basis(layer: Layer) -> Basis:
+    """The parameters in float64. Raises ValueError that names the layer where its system cannot be reduced."""
+    where = layer.name or "model"
+    for name, parameter in layer.parameters.items():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"{where}: {name} is not finite")
+    basis = Basis({name: x.double() for name, x in layer.parameters.items()})
+    for name, x in zip(("Λ", "γB", "C"), basis.system(), strict=True):
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{where}: its parameters are finite, but {name} is not")
+    if bool((basis.system()[0].abs() >= 1).any()):
+        raise ValueError(f"{where}: nu_log is {layer.module.nu_log.min().item():.3g}, so that |λ| is 1, not below")
+    return basis
 
 
-def _state_of(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> State:
-    return {} if optimizer is None else dict(optimizer.state.get(parameter, {}))
+def _states(
+    optimizer: torch.optim.Optimizer | None, layer: Layer, basis: Basis, reduced: Stored, moments: str
+) -> States:
+    """What the optimiser goes on with."""
+    states = states_of(optimizer, layer)
+    if not states or moments == "reset":
+        return {}
+    if moments == "slice":
+        return sliced(layer, states, torch.arange(reduced.rank))[1]
+    new = Basis({name: x.double() for name, x in reduced.parameters.items()})
+    lift, projection = (x.to(torch.complex128) for x in (reduced.lift, reduced.projection))
+    assert optimizer is not None
+    return transported(Transport(basis, new, lift, projection), states, options_of(optimizer, layer))
 
 
-def _each(state: State, old: nn.Parameter, change: Callable[[Tensor], Tensor]) -> State:
-    """The state with every tensor of the parameter's shape changed."""
-    return {
-        key: change(value).contiguous() if isinstance(value, Tensor) and value.shape == old.shape else value
-        for key, value in state.items()
-    }
+def _each(layers: list[Layer], argument: str, given: Any) -> list[Any]:
+    """What is given for each layer; None for those that a mapping leaves out."""
+    names = [layer.name for layer in layers]
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(f"{argument} has {unknown[0]!r}, but the layers are {', '.join(map(repr, names))}")
+        return [given.get(name) for name in names]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"{argument} is {type(given).__name__}, but must be a sequence or a mapping of names")
+    if len(given) != len(layers):
+        raise ValueError(f"{argument} has {len(given)} entries, but must have one for each of {len(layers)} layers")
+    return list(given)
 
 
-def _replacements(
-    lru: LRU,
-    stored: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer | None,
-    moments: str,
-    found: BalancedTruncation,
-) -> list[_Replacement]:
-    """Of all parameters of a layer."""
-    olds = {name: getattr(lru, name) for name in STATE_DIMENSION}
-    states = {name: _state_of(optimizer, old) for name, old in olds.items()}
-    if moments == "reset":
-        states = {name: {} for name in states}
-    elif moments == "slice":
-
-        def first(value: Tensor, dim: int) -> Tensor:
-            return value.narrow(dim, 0, found.rank)
-
-        states = {
-            name: _each(state, olds[name], partial(first, dim=STATE_DIMENSION[name])) for name, state in states.items()
-        }
-    else:
-        states = _transported(states, olds, stored, found)
-    return [_Replacement(lru, name, _like(stored[name], old), states[name]) for name, old in olds.items()]
+def _ranks(layers: list[Layer], ranks: Any) -> list[int]:
+    """r of each layer."""
+    several = [ranks] * len(layers) if is_whole(ranks) else _each(layers, "ranks", ranks)
+    found = []
+    for layer, r in zip(layers, several, strict=True):
+        n = layer.module.states
+        r = n if r is None else r
+        name = f"ranks of {layer.name or 'model'}"
+        check_count(name, r)
+        if r > n:
+            raise ValueError(f"{name} is {r}, but must be at most n = {n}")
+        found.append(int(r))
+    return found
 
 
-def _transported(
-    states: Mapping[str, State],
-    olds: Mapping[str, nn.Parameter],
-    stored: Mapping[str, Tensor],
-    found: BalancedTruncation,
-) -> dict[str, State]:
-    """Running means in the new basis; a state of which some tensor has no known meaning is forgotten.
-
-    The gradient of γB moves by the adjoint of the lift, that of C by the adjoint of the projection (see
-    `BalancedTruncation.transport_dual`); that of B is γ times that of γB.
-    """
-    old_gamma = olds["gamma_log"].to(torch.float64).exp().unsqueeze(-1)
-    new_gamma = stored["gamma_log"].to(torch.float64).exp().unsqueeze(-1)
-    to_B = found.lift.mH * old_gamma.mT.reciprocal() * new_gamma  # (r, n)
-    to_C = found.projection.mH  # (n, r)
-    maps: dict[str, Callable[[Tensor], Tensor]] = {"B": lambda g: to_B @ g, "C": lambda g: g @ to_C}
-    spread: dict[str, Callable[[Tensor], Tensor]] = {
-        "B": lambda v: to_B.abs().square() @ v,
-        "C": lambda v: v @ to_C.abs().square(),
-    }
-    moved: dict[str, State] = {}
-    for name in ("nu_log", "theta_log", "gamma_log"):
-        moved[name] = {
-            key: _of_eigenvalues(key, value, found.rank) if _whole(value, olds[name]) else value
-            for key, value in states[name].items()
-        }
-    for matrix in ("B", "C"):
-        names = f"{matrix}_re", f"{matrix}_im"
-        re, im = (states[name] for name in names)
-        moved |= {name: {} for name in names}
-        for key in re.keys() & im.keys():
-            x, y = re[key], im[key]
-            if not _whole(x, olds[names[0]]) or not _whole(y, olds[names[1]]):
-                pair = x, y
-            elif key in FIRST:
-                g = maps[matrix](torch.complex(x.to(torch.float64), y.to(torch.float64)))
-                pair = g.real.to(x.dtype).contiguous(), g.imag.to(y.dtype).contiguous()
-            else:
-                v = spread[matrix]((x.to(torch.float64) + y.to(torch.float64)) / 2)
-                pair = v.to(x.dtype), v.to(y.dtype).clone()
-            for name, value in zip(names, pair, strict=True):
-                moved[name][key] = value
-    return {name: {} if _unknown(states[name], olds[name]) else moved[name] for name in STATE_DIMENSION}
-
-
-def _whole(value: Any, old: nn.Parameter) -> bool:
-    """Whether it has an entry for each of the parameter's."""
-    return isinstance(value, Tensor) and value.shape == old.shape
-
-
-def _unknown(state: State, old: nn.Parameter) -> bool:
-    return any(_whole(value, old) and key not in FIRST + SECOND for key, value in state.items())
-
-
-def _of_eigenvalues(key: str, value: Tensor, r: int) -> Tensor:
-    return value.new_zeros(r) if key in FIRST else value.mean().expand(r).clone()
+def _indices(layer: Layer, given: Any) -> Tensor:
+    """(r,) int64."""
+    n, name = layer.module.states, f"states of {layer.name or 'model'}"
+    try:
+        kept = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise TypeError(f"{name} is {type(given).__name__}, but must be indices") from problem
+    if not kept.numel():
+        kept = kept.long()  # without numbers it has no dtype of its own
+    if kept.dtype is torch.bool or kept.is_floating_point() or kept.is_complex() or kept.dim() != 1:
+        raise TypeError(f"{name} has dtype {kept.dtype} and {kept.dim()} dimensions, but must be a list of indices")
+    if not len(kept) or len(kept.unique()) != len(kept) or kept.min() < 0 or kept.max() >= n:
+        raise ValueError(f"{name} must be indices from 0 to {n - 1}, at least one and each once")
+    return kept.to(torch.int64)

@@ -1,5 +1,6 @@
 """What the operators of this room cost, for `kd.explain`."""
 
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -11,7 +12,7 @@ from kdkernels.ops.hankel import api
 from kdkernels.ops.hankel.native import LARGEST
 from kdkernels.ops.hankel.realization import OVERSAMPLE, BlockHankel, check_sequence, era, hankel_svd, is_small
 from kdkernels.ops.hankel.systems import Operand, Systems, check
-from kdkernels.ops.hankel.truncation import balanced_truncation, check_order
+from kdkernels.ops.hankel.truncation import balanced_truncation, orders
 from kdkernels.ops.svd.api import jacobi_flops
 
 
@@ -21,9 +22,11 @@ def _explain_systems(
     return _explain(op, *api.arguments(**system, horizon=horizon, real_output=real_output), backend)
 
 
-def _explain_truncation(rank: Any, tolerance: Any, error: Any, backend: str, **system: Operand) -> Explanation:
+def _explain_truncation(
+    rank: int | Sequence[int] | None, tolerance: float | None, error: float | None, backend: str, **system: Operand
+) -> Explanation:
     systems = check(**system)
-    check_order(systems, rank, tolerance, error)
+    orders(systems, rank, tolerance, error)
     return _explain("balanced_truncation", systems, None, backend)
 
 

@@ -5,7 +5,7 @@ C_r = C T_r (Moore 1981; the square-root form, no n × n inverse), and A_r = X �
 frequency response is then off by at most 2 Σ_{k>r} σ_k (Al-Saggaf and Franklin 1987, for discrete time).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from kdkernels.ops.hankel.kernel import wide
 from kdkernels.ops.hankel.systems import Operand, System, Systems, check
 from kdkernels.ops.svd.lapack import thread_each
 
+HOPELESS = 8  # ranks at which rounding alone is more than the error asked for: more states will not mend that
 KEEP = 0.95  # a reduction by less than this share is not worth its change of basis (CompreSSM)
 EPS = torch.finfo(torch.float64).eps
 SIGMA_ERROR = 1e-9  # relative, of the Hankel singular values in float64
@@ -62,6 +63,28 @@ class BalancedTruncation:
         return x.to(dtype) @ self.lift.to(dtype)
 
 
+@dataclass(frozen=True)
+class Order:
+    """How many states a system keeps: exactly one of the three, as in `balanced_truncation`."""
+
+    rank: int | None = None
+    tolerance: float | None = None
+    error: float | None = None
+
+    def least(self, sigma: Tensor) -> int:
+        """The rank that the Hankel singular values (..., n) suggest."""
+        n = sigma.shape[-1]
+        if self.rank is not None:
+            return self.rank
+        if self.tolerance is not None:
+            rank = _needed(sigma, self.tolerance)
+            return rank if rank < KEEP * n else n
+        assert self.error is not None
+        tails = sigma.flip(-1).cumsum(-1).flip(-1)  # of the ranks 0 … n − 1
+        ranks = (2 * tails > float(self.error)).sum(-1)
+        return max(1, int(ranks.max())) if ranks.numel() else n
+
+
 def balanced_truncation(
     Lambda: Operand,
     B: Operand,
@@ -82,7 +105,10 @@ def balanced_truncation(
         C: (..., p, n). Leading dimensions broadcast. Or each a list of such tensors, systems of different sizes.
         rank: r, exactly; at least 1 and at most n. For lists also a list, one for each system.
         tolerance: τ ≥ 0: the smallest r whose Σ_{k≤r} σ_k / Σσ_k ≥ 1 − τ, and nothing is reduced unless r < 0.95 n
-            (CompreSSM, arXiv 2510.02823). Systems in leading dimensions get one rank, the largest that any of them
+            (CompreSSM, arXiv 2510.02823).
+        error: ε ≥ 0: the smallest r whose `error_bound` is at most ε, which is absolute: no input sequence then changes
+            the output sequence by more than ε times its own l2 norm. Where rounding alone is more than ε, nothing is
+            reduced. Systems in leading dimensions get one rank, for tolerance and error the largest that any of them
             needs; the systems of a list get each their own.
         error: ε ≥ 0: the smallest r whose error bound is at most ε, in other words: whatever the inputs are, the
             outputs' error, as a root of a sum of squares over time, is at most ε times the inputs'.
@@ -101,73 +127,62 @@ def balanced_truncation(
         ValueError: shapes, devices or options do not fit, a system is not finite, or some |λ| ≥ 1.
     """
     systems = check(Lambda, B, C)
-    orders = check_order(systems, rank, tolerance, error)
-    chosen = choose("balanced_truncation", backend, systems)
-
-    def truncate(i: int) -> BalancedTruncation:
-        return _truncate(systems, i, orders[i], chosen.backend)
-
-    members = range(len(systems.members))
-    if not systems.is_list:
-        with torch.no_grad():
-            return truncate(0)
-    # LAPACK makes poor use of a second core within one system
-    return thread_each(truncate, members)
+    found = reduce_all(systems, orders(systems, rank, tolerance, error), backend)
+    return found if systems.is_list else found[0]
 
 
-class _Order(NamedTuple):
-    """How many states to keep: exactly one is not None."""
-
-    rank: int | None = None
-    tolerance: float | None = None
-    error: float | None = None
-
-    def first(self, sigma: Tensor) -> int:
-        """The smallest rank that may serve; the largest that any of the systems needs."""
-        n = sigma.shape[-1]
-        if self.rank is not None:
-            return self.rank
-        if self.error is not None:
-            tails = 2 * sigma.flip(-1).cumsum(-1).flip(-1)  # of all from k on
-            ranks = (tails > self.error).sum(-1)
-            return max(int(ranks.max()) if ranks.numel() else n, 1)
-        assert self.tolerance is not None
-        rank = _needed(sigma, self.tolerance)
-        return rank if rank < KEEP * n else n
-
-    def serves(self, found: BalancedTruncation) -> bool:
-        """Whether what was found is as good as was asked for."""
-        return self.error is None or bool((found.error_bound <= self.error).all())
-
-
-def check_order(systems: Systems, rank: Any, tolerance: Any, error: Any) -> list[_Order]:
-    """One for each system. Raise unless exactly one of them says how many states to keep."""
+def orders(
+    systems: Systems, rank: int | Sequence[int] | None, tolerance: float | None, error: float | None
+) -> list[Order]:
+    """What each system keeps. Raises unless exactly one of the three says so."""
     if sum(x is not None for x in (rank, tolerance, error)) != 1:
         raise ValueError("rank, tolerance and error: exactly one of them must be given")
     count = len(systems.members)
     if rank is None:
-        check_number("tolerance" if error is None else "error", tolerance if error is None else error)
-        return [_Order(None, tolerance, error)] * count
-    if isinstance(rank, (list, tuple)):
-        if not systems.is_list or len(rank) != count:
-            wanted = f"must have {count}, as Lambda has" if systems.is_list else "Lambda is no list"
-            raise ValueError(f"rank is a list of {len(rank)}, but {wanted}")
-        ranks = list(enumerate(rank))
-    else:
-        ranks = [(i, rank) for i in range(count)]
+        for name, value in (("tolerance", tolerance), ("error", error)):
+            if value is not None:
+                check_number(name, value)
+        return [Order(tolerance=tolerance, error=error)] * count
     several = isinstance(rank, (list, tuple))
-    for i, r in ranks:
-        check_count(f"rank[{i}]" if several else "rank", r)
-        order = systems.members[i].order
-        if r > order:
-            where = f"Lambda[{i}]" if systems.is_list else "Lambda"
-            raise ValueError(
-                f"rank{f'[{i}]' if several else ''} is {r}, but must be at most n = {order}, as in {where}"
-            )
-    return [_Order(rank=int(r)) for _, r in ranks]
+    if several and not systems.is_list:
+        raise TypeError(f"rank is {type(rank).__name__}, but must be a whole number, as Lambda is no list")
+    ranks: Sequence[int] = rank if several else [rank] * count  # type: ignore[assignment,list-item]
+    if len(ranks) != count:
+        raise ValueError(f"rank has {len(ranks)} numbers, but must have {count}, as Lambda has systems")
+    if not several:
+        check_count("rank", rank)
+    for i, (r, member) in enumerate(zip(ranks, systems.members, strict=True)):
+        name = f"rank[{i}]" if several else "rank"
+        check_count(name, r)
+        if r > member.order:
+            which = f"Lambda[{i}]" if systems.is_list else "Lambda"
+            raise ValueError(f"{name} is {r}, but must be at most n = {member.order}, as in {which}")
+    return [Order(rank=int(r)) for r in ranks]
 
 
-def _truncate(systems: Systems, i: int, order: _Order, backend: str) -> BalancedTruncation:
+def _as_it_is(i: int, reduced: BalancedTruncation) -> BalancedTruncation:
+    return reduced
+
+
+def reduce_all(
+    systems: Systems,
+    orders: Sequence[Order],
+    backend: str,
+    store: Callable[[int, BalancedTruncation], BalancedTruncation] = _as_it_is,
+) -> list[BalancedTruncation]:
+    """Every system reduced. `store` rounds the i-th to how it will be kept, which its error bound then includes."""
+    chosen = choose("balanced_truncation", backend, systems)
+    with torch.no_grad():
+        return [_truncate(systems, i, order, chosen.backend, store) for i, order in enumerate(orders)]
+
+
+def _truncate(
+    systems: Systems,
+    i: int,
+    order: Order,
+    backend: str,
+    store: Callable[[int, BalancedTruncation], BalancedTruncation],
+) -> BalancedTruncation:
     system = systems.members[i]
     for name, x in (("Lambda", system.Lambda), ("B", system.B), ("C", system.C)):
         if not bool(x.isfinite().all()):
@@ -177,10 +192,18 @@ def _truncate(systems: Systems, i: int, order: _Order, backend: str) -> Balanced
         systems.refuse_unstable()
     if not bool(sigma.isfinite().all()):
         raise ValueError("B and C are too large: their Hankel singular values leave float64's range")
-    for r in range(order.first(sigma), system.order):
+    hopeless = 0
+    for r in range(order.least(sigma), system.order):
         reduced = _reduce(system, sigma, T, W, r)
-        if reduced is not None and order.serves(reduced):
+        if reduced is None:
+            continue
+        reduced = store(i, reduced)
+        if order.error is None or bool((reduced.error_bound <= order.error).all()):
             return reduced
+        rounding = reduced.error_bound - 2 * sigma[..., r:].sum(-1)
+        hopeless += bool((rounding > order.error).any())
+        if hopeless == HOPELESS:
+            break
     return _untruncated(system, sigma)
 
 
