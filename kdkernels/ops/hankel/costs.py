@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
 
 from torch import Tensor
 

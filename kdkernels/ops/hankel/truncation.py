@@ -7,7 +7,7 @@ frequency response is then off by at most 2 Σ_{k>r} σ_k (Al-Saggaf and Frankli
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,8 +172,14 @@ def reduce_all(
 ) -> list[BalancedTruncation]:
     """Every system reduced. `store` rounds the i-th to how it will be kept, which its error bound then includes."""
     chosen = choose("balanced_truncation", backend, systems)
+
+    def reduce(i: int) -> BalancedTruncation:
+        return _truncate(systems, i, orders[i], chosen.backend, store)
+
+    if systems.is_list:  # LAPACK makes poor use of a second core within one system
+        return thread_each(reduce, range(len(orders)))
     with torch.no_grad():
-        return [_truncate(systems, i, order, chosen.backend, store) for i, order in enumerate(orders)]
+        return [reduce(0)]
 
 
 def _truncate(
