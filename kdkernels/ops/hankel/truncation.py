@@ -15,14 +15,13 @@ from torch import Tensor
 from kdkernels.contract import check_count, check_number
 from kdkernels.ops.hankel import reference
 from kdkernels.ops.hankel.api import choose
-from kdkernels.ops.hankel.kernel import wide
+from kdkernels.ops.hankel.kernel import SIGMA_ERROR, wide
 from kdkernels.ops.hankel.systems import Operand, System, Systems, check
 from kdkernels.ops.svd.lapack import thread_each
 
 HOPELESS = 8  # ranks at which rounding alone is more than the error asked for: more states will not mend that
 KEEP = 0.95  # a reduction by less than this share is not worth its change of basis (CompreSSM)
 EPS = torch.finfo(torch.float64).eps
-SIGMA_ERROR = 1e-9  # relative, of the Hankel singular values in float64
 
 
 @dataclass(frozen=True)
