@@ -8,7 +8,6 @@ time, from the same file, with interpretation on, to be put in the place of the 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any

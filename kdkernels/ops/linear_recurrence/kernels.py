@@ -117,7 +117,7 @@ def _before(
     if initial_ptr is not None:
         re, im = _read(initial_ptr, lanes, mask, COMPLEX)
         there = chunk >= 0
-    if ends_ptr is not None:
+    if ends_ptr is not None:  # noqa: SIM102  one is decided as it compiles, the other as it runs
         if chunk > 0:  # Horner's rule
             a_re, a_im = _read(ends_ptr, (tl.num_programs(1) - 1) * count + lanes, mask, COMPLEX)
             end_re, end_im = _read(ends_ptr, lanes, mask, COMPLEX)

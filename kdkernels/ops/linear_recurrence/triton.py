@@ -5,9 +5,9 @@
                                                                         sums of g_t h*_{t−1} over its steps
     ∂λ                             `linear_recurrence_sum_kernel`       those of all chunks and sequences
 
-A launch that N · n states do not fill cuts time into chunks (`chunks_of`). Then a launch before it leaves the last state
-of each as if it were the first, and λ^length (`linear_recurrence_ends_kernel`): u is read twice, h written once. From
-these each program makes the state before its own chunk by itself, which costs less than a launch in between.
+Where N · n states do not fill the device time is cut into chunks (`chunks_of`). Then a launch comes first that leaves
+the last state of each as if it were the first, and λ^length (`linear_recurrence_ends_kernel`): u is read twice, h
+written once. From these each program makes the state before its own chunk, which spares a launch in between.
 
 Sums over the steps of a tile are in the operands' dtype, of tiles, chunks and sequences in float64, in an order that
 depends on shapes and the GPU alone, without atomics. What chunks hand on is float64 too: λ^length, too large or too
@@ -86,7 +86,7 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of Λ, the input and the initial state that are needed; the input's in new memory or in `grad`."""
     grad, Lambda, states, start = readable(grad), readable(Lambda), readable(states), _maybe(initial_state)
-    N, T, n = states.shape
+    N, _, n = states.shape
     rooms = (Lambda.shape, None if in_place else states.shape, (N, n))
     d_Lambda, g, d_initial = found = [
         None if not need else grad if shape is None else states.new_empty(shape)
