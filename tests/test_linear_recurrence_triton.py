@@ -20,13 +20,13 @@ pytest.importorskip("triton")
 
 NAME = "kdkernels.ops.linear_recurrence.triton"
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-SLOW = {"wide", "long", "near the circle"}  # in the interpreter
+SLOW = {"wide", "long", "near the circle", "many sequences"}  # in the interpreter
 CUT: dict[
     str, dict[str, Any]
 ] = {  # in time: a tile more or less than chunks, chunks of a tile, one lane more than a block
     "plain": {"T": 21, "n": 3},
     "own λ, initial state, reverse": {"T": 24, "n": 5, "own": True, "initial": True, "reverse": True},
-    "initial state": {"T": 25, "n": 11, "initial": True},
+    "initial state": {"N": 5, "T": 17, "n": 7, "initial": True},
     "growing": {"T": 20, "n": 3, "radii": (1.0, 1.1), "reverse": True},
     "two steps": {"T": 2, "n": 2, "initial": True},
 }
@@ -66,35 +66,32 @@ def results(tensors: tuple[Any, ...], reverse: bool, grad: Tensor) -> list[Tenso
 # ---- numbers
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64), ids=str)  # `validate` takes the others too
 @pytest.mark.parametrize("case", sorted(CASES.keys() - SLOW - {"cut in time"}))
 def test_error_against_float64(kernels: ModuleType, case: str, dtype: torch.dtype) -> None:
     wrong = [d for d in compare_case(CASES[case] | {"dtype": dtype}, "triton") if not d.ok]
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.complex64), ids=str)
 @pytest.mark.parametrize("case", CUT)
 def test_error_against_float64_cut_in_time(cut: ModuleType, case: str, dtype: torch.dtype) -> None:
-    assert cut.chunks_of(CUT[case]["n"] * 3, CUT[case]["T"], 132)[0] > 1 or case == "two steps"
+    assert cut.chunks_of(CUT[case]["n"] * CUT[case].get("N", 3), CUT[case]["T"], 132)[0] > 1 or case == "two steps"
     wrong = [d for d in compare_case(CUT[case] | {"dtype": dtype}, "triton") if not d.ok]
     assert not wrong, wrong
 
 
 def test_near_the_circle_cut_in_time(kernels: ModuleType) -> None:
     """No error grows with the power of λ that chunks multiply by."""
-    inputs = make_inputs(1, 260, 2, radii=(0.999, 1.0), dtype=torch.complex64)
+    inputs = make_inputs(1, 260, 2, radii=(0.999, 1.0), dtype=torch.float32)
     assert kernels.chunks_of(2, 260, 132) == (11, 24)
     target = exact(inputs)
     wrong = [d for d in deviations(ours(inputs, "triton"), target, errors(eager(inputs), target)) if not d.ok]
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("reverse", (False, True))
-def test_a_chunk_or_several_are_the_same_recurrence(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, reverse: bool
-) -> None:
-    inputs = make_inputs(2, 30, 4, own=True, initial=True, reverse=reverse, dtype=torch.complex128)
+def test_a_chunk_or_several_are_the_same_recurrence(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(2, 30, 4, own=True, initial=True, reverse=True, dtype=torch.complex128)
     found = []
     for chunks, length in ((1, 30), (2, 16), (4, 8)):
         monkeypatch.setattr(kernels, "chunks_of", lambda *sizes, c=chunks, steps=length: (c, steps))
@@ -127,7 +124,7 @@ def test_what_torch_keeps_in_the_view(kernels: ModuleType) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.complex64), ids=str)
 def test_in_place(cut: ModuleType, dtype: torch.dtype) -> None:
     inputs = make_inputs(2, 20, 3, initial=True, dtype=dtype)
     Lambda, u, start = inputs.tensors()
