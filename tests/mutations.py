@@ -84,7 +84,7 @@ TRITON_KERNELS = [
     Mutation("_write", RECURRENCE_TRITON, "both = tl.join(re, im)", "both = tl.join(re, re)"),
     Mutation("_step", RECURRENCE_TRITON, "im = u_im + a_re * x_im + a_im * x_re", "im = u_im + a_re * x_im"),
     Mutation("_factor", RECURRENCE_TRITON, "lanes % n if SHARED else lanes, mask", "lanes % n, mask"),
-    Mutation("_rows", RECURRENCE_TRITON, "time = T - 1 - step if REVERSE else step", "time = T - step if REVERSE else step"),
+    Mutation("_rows", RECURRENCE_TRITON, "+ time) * n + lanes % n, -n if", "+ time) * n + lanes * 0, -n if"),
     Mutation("_tile", RECURRENCE_TRITON, "mask & (first + k < stop), COMPLEX)\n    return", "mask & (first + k < stop - 1), COMPLEX)\n    return"),
     Mutation("_scan", RECURRENCE_TRITON, "(re != 0) | (im != 0) if CARRY", "(re == 0) | (im == 0) if CARRY"),
     Mutation("_before", RECURRENCE_TRITON, "count + lanes, count, mask, chunk * 0 + 1, chunk,", "count + lanes, count, mask, chunk * 0 + 1, chunk - 1,"),
