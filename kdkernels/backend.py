@@ -76,6 +76,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation("lora_linear", "triton", ("cuda",), GPU_FLOATS, ("fused",), triton_why_not),
     Implementation("lora_linear", "native", ("cpu",), FLOATS, ("fused",), _native.why_not),
     Implementation("lora_linear", "reference", (), ANY_DTYPE, ("eager",)),
+    Implementation("linear_recurrence", "triton", ("cuda",), REAL_OR_COMPLEX, ("scan",), triton_why_not),
     Implementation("linear_recurrence", "native", ("cpu",), REAL_OR_COMPLEX, ("scan",), _native.why_not),
     Implementation("linear_recurrence", "reference", (), (*ANY_DTYPE, *REAL_OR_COMPLEX[2:]), ("scan",)),
     *small("svd", ("jacobi", "lapack"), ("lapack",)),

@@ -8,7 +8,6 @@ time, from the same file, with interpretation on, to be put in the place of the 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
@@ -71,6 +70,8 @@ def _again(name: str) -> ModuleType:
 def put_in_place(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """Where the operator looks for it, which it does only once."""
     patch.setitem(sys.modules, module.__name__, module)
-    schema = import_module(f"{module.__name__.rpartition('.')[0]}.schema")
-    found = schema._implementation
-    patch.setattr(schema, "_implementation", lambda backend: module if backend == "triton" else found(backend))
+    package = module.__name__.rpartition(".")[0]
+    for part in [x for name, x in sys.modules.items() if name.startswith(f"{package}.")]:
+        for name in ("implementation", "_implementation"):
+            if found := getattr(part, name, None):
+                patch.setattr(part, name, lambda backend, f=found: module if backend == "triton" else f(backend))

@@ -40,6 +40,7 @@ SPECTRUM = "csrc/cpu/spectrum.h"
 SVD = "csrc/cpu/svd.cpp"
 HANKEL = "csrc/cpu/hankel.cpp"
 RECURRENCE = "csrc/cpu/linear_recurrence.cpp"
+RECURRENCE_TRITON = "kdkernels/ops/linear_recurrence/kernels.py"
 PARTIAL = "csrc/cpu/partial.h"
 
 OPS = dict.fromkeys((TRITON, ALIGNMENT, ROWS, CHOLESKY), ("projection_alignment_loss",))
@@ -47,7 +48,7 @@ OPS |= dict.fromkeys((DISTILLATION, VECTOR_MATH, DISTILLATION_TRITON), ("linear_
 OPS |= dict.fromkeys((LORA, LOW_RANK, DROPOUT, LORA_TRITON), ("lora_linear",))
 OPS |= dict.fromkeys((HOUSEHOLDER, JACOBI, SPECTRUM, SVD), ("svd", "svdvals"))
 OPS |= dict.fromkeys((LANES, GENERATOR, HANKEL), ("gramian_factors", "hankel_singular_values"))
-OPS |= dict.fromkeys((RECURRENCE, PARTIAL), ("linear_recurrence",))
+OPS |= dict.fromkeys((RECURRENCE, PARTIAL, RECURRENCE_TRITON), ("linear_recurrence",))
 
 TRITON_KERNELS = [
     Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
@@ -79,6 +80,19 @@ TRITON_KERNELS = [
     Mutation("_element", DISTILLATION_TRITON, "slope = tl.where(q == 0, 0.0, log_q - log_p)", "slope = tl.where(q == 0, 0.0, log_p - log_q)"),
     Mutation("linear_distillation_absorb_kernel", DISTILLATION_TRITON, "None if FIRST else mixture_ptr", "None"),
     Mutation("linear_distillation_diverge_kernel", DISTILLATION_TRITON, "gradient *= (1.0 - u) * (1.0 + u)", "gradient *= 1.0 - u"),
+    Mutation("_read", RECURRENCE_TRITON, "re, im = tl.split(both)", "im, re = tl.split(both)"),
+    Mutation("_write", RECURRENCE_TRITON, "both = tl.join(re, im)", "both = tl.join(re, re)"),
+    Mutation("_step", RECURRENCE_TRITON, "im = u_im + a_re * x_im + a_im * x_re", "im = u_im + a_re * x_im"),
+    Mutation("_factor", RECURRENCE_TRITON, "lanes % n if SHARED else lanes, mask", "lanes % n, mask"),
+    Mutation("_rows", RECURRENCE_TRITON, "+ time) * n + lanes % n, -n if", "+ time) * n + lanes * 0, -n if"),
+    Mutation("_tile", RECURRENCE_TRITON, "mask & (first + k < stop), COMPLEX)\n    return", "mask & (first + k < stop - 1), COMPLEX)\n    return"),
+    Mutation("_scan", RECURRENCE_TRITON, "(re != 0) | (im != 0) if CARRY", "(re == 0) | (im == 0) if CARRY"),
+    Mutation("_before", RECURRENCE_TRITON, "count + lanes, count, mask, chunk * 0 + 1, chunk,", "count + lanes, count, mask, chunk * 0 + 1, chunk - 1,"),
+    Mutation("linear_recurrence_ends_kernel", RECURRENCE_TRITON, "while step < length:", "while step < length - 1:"),
+    Mutation("linear_recurrence_scan_kernel", RECURRENCE_TRITON, "there, False, COMPLEX, STEPS)", "chunk > 0, False, COMPLEX, STEPS)"),
+    Mutation("linear_recurrence_backward_kernel", RECURRENCE_TRITON, "sum_im += part_im.to(tl.float64)", "sum_im = part_im.to(tl.float64)"),
+    Mutation("_against", RECURRENCE_TRITON, "im = sum_im + g_im * h_re - g_re * h_im", "im = sum_im - g_im * h_re + g_re * h_im"),
+    Mutation("linear_recurrence_sum_kernel", RECURRENCE_TRITON, "row = (group * STEPS + step) * BLOCK_N + ", "row = group * STEPS * BLOCK_N + "),
 ]  # fmt: skip
 
 NATIVE_KERNELS = [

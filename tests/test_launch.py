@@ -303,6 +303,35 @@ def test_operators_of_linear_distillation(device: Device, K: int, dtype: torch.d
     assert left == {"mm": products, "sum": 1} | ({"copy_": copies} if copies else {})
 
 
+RECURRENCE = "linear_recurrence_{}_kernel".format
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64), ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        ((1, 20, 3), ("scan",), ("backward",)),  # one sequence leaves one sum
+        ((2, 20, 3), ("scan",), ("backward", "sum")),
+        ((2, 300, 3), ("ends", "scan"), ("ends", "backward", "sum")),
+        ((1500, 1, 3), ("scan",), ("backward", "sum", "sum")),  # more rows than a program sums
+    ],
+)
+def test_operators_of_linear_recurrence(
+    device: Device, sizes: tuple[int, int, int], forward: tuple[str, ...], backward: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    """Room and views stand between the launches, nothing else."""
+    module = import_module("kdkernels.ops.linear_recurrence.triton")
+    x, Lambda, start = (torch.zeros(shape, dtype=dtype) for shape in (sizes, (1, 3), (sizes[0], 3)))
+    steps: list[tuple[tuple[str, ...], Callable[[], Any]]] = [
+        (forward, lambda: module.forward(Lambda, x, start, False)),
+        (backward, lambda: module.backward(x, Lambda, x, None, False, [True, True, False])),
+    ]
+    for expected, step in steps:
+        assert device.during(step) == Counter(map(RECURRENCE, expected))
+        found = torch_operators(step)
+        assert not found.keys() - (VIEWS | ALLOCATIONS | CPU_ONLY | {"view_as_real", "resolve_neg"}), found
+
+
 def test_states_are_drawn_by_one_operator(device: Device) -> None:
     """With the bits of torch.randint, as before."""
     torch.manual_seed(3)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 from conftest import ROOT, environment_of
-from mutations import DISTILLATION_TRITON, LORA_TRITON, NATIVE_KERNELS, TRITON, TRITON_KERNELS
+from mutations import DISTILLATION_TRITON, LORA_TRITON, NATIVE_KERNELS, RECURRENCE_TRITON, TRITON, TRITON_KERNELS
 
 VALIDATE = ("validate", "--quick", "--exitfirst")
 FAILED = re.compile(r"\b[1-9]\d* failed")
@@ -96,12 +96,12 @@ def interpreted(tmp_path_factory):
 def test_every_triton_kernel_has_a_mistake():
     kernels = [
         (file, kernel)
-        for file in (TRITON, LORA_TRITON, DISTILLATION_TRITON)
+        for file in (TRITON, LORA_TRITON, DISTILLATION_TRITON, RECURRENCE_TRITON)
         for kernel in re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+)", (ROOT / file).read_text())
     ]
     assert kernels == [(mutation.file, mutation.kernel) for mutation in TRITON_KERNELS]
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kdkernels").rglob("kernels.py")}
-    assert files == {TRITON, LORA_TRITON, DISTILLATION_TRITON}
+    assert files == {TRITON, LORA_TRITON, DISTILLATION_TRITON, RECURRENCE_TRITON}
 
 
 def test_the_unchanged_triton_kernels_pass(interpreted):

@@ -150,10 +150,29 @@ def linear_distillation() -> None:
     launch("forward_kl", 4096, alpha=0.0)
 
 
+def linear_recurrence() -> None:
+    """All kernels over dtypes, one chunk and several, Λ for all and for each, with and without all that may be None."""
+    module = import_module("kdkernels.ops.linear_recurrence.triton")
+
+    def launch(dtype: torch.dtype, T: int, *, own: bool, initial: bool, reverse: bool, needs: tuple[bool, ...]) -> None:
+        Lambda, x = torch.zeros(2 if own else 1, 8, dtype=dtype), torch.zeros(2, T, 8, dtype=dtype)
+        start = x[:, 0].clone() if initial else None
+        module.forward(Lambda, x, start, reverse)
+        module.backward(x, Lambda, x, start, reverse, needs)
+
+    everything = (True, True, True)
+    launch(torch.complex64, 300, own=False, initial=True, reverse=False, needs=everything)
+    launch(torch.complex64, 20, own=True, initial=False, reverse=True, needs=(True, True, False))
+    launch(torch.float32, 300, own=True, initial=True, reverse=True, needs=everything)
+    launch(torch.complex128, 300, own=False, initial=True, reverse=True, needs=everything)
+    launch(torch.float64, 20, own=False, initial=False, reverse=False, needs=(False, True, False))
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "projection_alignment": projection_alignment,
     "lora_linear": lora_linear,
     "linear_distillation": linear_distillation,
+    "linear_recurrence": linear_recurrence,
 }
 
 
