@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kdkernels as kd
-from kdkernels.ops.hankel import truncation
+from kdkernels.ops.hankel import reference, truncation, well_conditioned
 from kdkernels.ops.hankel.systems import System
 from kdkernels.testing.hankel.inputs import FAMILIES, SSM, frequency_response, make_systems
 
@@ -236,8 +236,8 @@ def test_eigenvectors_that_do_not_span_are_refused(monkeypatch):
 def test_the_condition_is_that_of_the_eigenvectors():
     system = single("LRU", 9, 2, 2, 6)
     reduced = kd.balanced_truncation(*system, rank=5)
-    _, T, W = truncation._balance(System(*system), "reference")
-    A = W[:, :5].mH @ (system.Lambda[:, None] * T[:, :5])
+    T, W = truncation._balance(System(*system), "reference")[1](5)
+    A = W.mH @ (system.Lambda[:, None] * T)
     X = torch.linalg.eig(A)[1]
     torch.testing.assert_close(reduced.condition, torch.linalg.cond(X))
 
@@ -253,6 +253,57 @@ def test_a_real_system_becomes_complex_where_its_eigenvalues_do():
                 assert reduced.Lambda.dtype is torch.float32
     symmetric = SSM(system.Lambda, system.B, system.B.mT.contiguous())
     assert kd.balanced_truncation(*symmetric, rank=4).Lambda.dtype is torch.float32
+
+
+# ---- many states
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("family", "n", "m", "served"), (("LRU", 120, 40, True), ("LRU", 120, 2, False),
+    ("clustered", 110, 4, False), ("near circle", 110, 60, True), ("real", 130, 2, False)))  # fmt: skip
+def test_well_conditioned_gramians_have_a_plain_factor_and_others_the_generator_s(family, n, m, served):
+    system = make_systems(family, 2, n, m, m + 1, dtype=torch.complex128)
+    found = well_conditioned.decompose(*system)
+    assert (found is not None) == served
+    if found is not None:
+        for L, generator in zip(found, reference.factors(*system, None), strict=False):
+            P = generator @ generator.mH
+            assert ((L @ L.mH - P).abs() <= 1e-9 * P.abs().amax()).all()
+        torch.testing.assert_close(found[3], reference.hankel_singular_values(*system), rtol=1e-9, atol=0)
+    one = SSM(*(x[0] for x in system))
+    ours, plain = (kd.balanced_truncation(*one, rank=n // 2, backend=name) for name in ("native", "reference"))
+    check(one, ours)
+    if served:
+        torch.testing.assert_close(ours.error_bound, plain.error_bound, rtol=1e-6, atol=0)
+
+
+def test_no_plain_factor_is_given_of_what_is_not_stable_or_not_finite():
+    system = make_systems("LRU", 2, 20, 12, dtype=torch.complex128)
+    assert well_conditioned.decompose(*system) is not None
+    for name, value in (("Lambda", 1.01), ("Lambda", torch.nan), ("B", torch.inf), ("C", torch.nan), ("B", 0)):
+        wrong = SSM(*(x.clone() for x in system))
+        getattr(wrong, name)[1, ..., 0] = value
+        if (name, value) == ("B", 0):
+            wrong.B[1, 3] = 0
+        assert well_conditioned.decompose(*wrong) is None
+
+
+def test_the_estimate_of_the_inverse_s_norm():
+    L = torch.linalg.cholesky(torch.diag(torch.logspace(-3, 0, 40, dtype=torch.float64)).to(torch.complex128))
+    assert 0.5e3 < well_conditioned.inverse_norm(L[None]).item() < 1.01e3
+
+
+def test_the_same_bits_for_every_number_of_threads():
+    systems = [single("LRU", n, 30, 30, n) for n in (110, 40, 120)]
+    lists = [list(x) for x in zip(*systems, strict=True)]
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(kd.balanced_truncation(*lists, rank=12))
+        assert torch.get_num_threads() == count
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert all(map(torch.equal, (a.Lambda, a.B, a.C, a.lift), (b.Lambda, b.B, b.C, b.lift)))
 
 
 # ---- transport

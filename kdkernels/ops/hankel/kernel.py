@@ -97,8 +97,9 @@ def bits(horizon: int) -> list[bool]:
 
 
 def projectors(L_c: Tensor, L_o: Tensor, U: Tensor, sigma: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """T = L_c V Σ^-1/2 and W = L_o U Σ^-1/2; columns that rounding has the better of are 0."""
-    root = torch.where(negligible(sigma), torch.inf, sigma).rsqrt().unsqueeze(-2)
+    """T = L_c V Σ^-1/2 and W = L_o U Σ^-1/2, of as many columns as U and V have; those that rounding has the better
+    of are 0."""
+    root = torch.where(negligible(sigma), torch.inf, sigma).rsqrt()[..., : U.shape[-1]].unsqueeze(-2)
     return (L_c @ Vh.mH) * root, (L_o @ U) * root
 
 

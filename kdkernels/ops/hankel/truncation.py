@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels import threads
 from kdkernels.contract import check_count, check_number
-from kdkernels.ops.hankel import reference
+from kdkernels.ops.hankel import reference, well_conditioned
 from kdkernels.ops.hankel.api import choose
-from kdkernels.ops.hankel.kernel import SIGMA_ERROR, wide
+from kdkernels.ops.hankel.kernel import projectors, wide
+from kdkernels.ops.hankel.native import LARGEST
 from kdkernels.ops.hankel.systems import Operand, System, Systems, check
 from kdkernels.ops.svd.lapack import thread_each
 
@@ -96,7 +98,8 @@ def balanced_truncation(
 ) -> Any:
     """The diagonal system of lower order r that keeps the largest Hankel singular values of h⁺ = Λh + Bu, y = Ch.
 
-    Everything is computed in float64, without gradients, eagerly: it is not for torch.compile.
+    Everything is computed in float64, without gradients, eagerly: it is not for torch.compile. On the CPU each of
+    torch's threads takes systems of a list, and results have the same bits for every number of threads.
 
     Args:
         Lambda: (..., n), real or complex, float32 or float64, |λ| < 1.
@@ -170,15 +173,16 @@ def reduce_all(
     store: Callable[[int, BalancedTruncation], BalancedTruncation] = _as_it_is,
 ) -> list[BalancedTruncation]:
     """Every system reduced. `store` rounds the i-th to how it will be kept, which its error bound then includes."""
-    chosen = choose("balanced_truncation", backend, systems)
+    chosen = choose("balanced_truncation", backend, systems).backend
 
-    def reduce(i: int) -> BalancedTruncation:
-        return _truncate(systems, i, orders[i], chosen.backend, store)
+    def reduced(i: int) -> BalancedTruncation:
+        return _truncate(systems, i, orders[i], chosen, store)
 
-    if systems.is_list:  # LAPACK makes poor use of a second core within one system
-        return thread_each(reduce, range(len(orders)))
-    with torch.no_grad():
-        return [reduce(0)]
+    places = range(len(orders))
+    if any(member.B.is_cuda for member in systems.members):
+        with torch.no_grad():
+            return [reduced(i) for i in places]
+    return threads.each(reduced, places)
 
 
 def _truncate(
@@ -192,14 +196,14 @@ def _truncate(
     for name, x in (("Lambda", system.Lambda), ("B", system.B), ("C", system.C)):
         if not bool(x.isfinite().all()):
             raise ValueError(f"{name}{f'[{i}]' if systems.is_list else ''} is not finite")
-    sigma, T, W = _balance(system, backend)
+    sigma, sides = _balance(system, backend)
     if bool(sigma.isnan().any()):
         systems.refuse_unstable()
     if not bool(sigma.isfinite().all()):
         raise ValueError("B and C are too large: their Hankel singular values leave float64's range")
     hopeless = 0
     for r in range(order.least(sigma), system.order):
-        reduced = _reduce(system, sigma, T, W, r)
+        reduced = _reduce(system, sigma, *sides(r), r)
         if reduced is None:
             continue
         reduced = store(i, reduced)
@@ -212,17 +216,29 @@ def _truncate(
     return _untruncated(system, sigma)
 
 
-def _balance(system: System, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """σ, T and W in float64, with the system's leading dimensions."""
+def _balance(system: System, backend: str) -> tuple[Tensor, Callable[[int], tuple[Tensor, Tensor]]]:
+    """σ, and of r the first r columns of T and of W, in float64, with the system's leading dimensions."""
     flat = system.flat()
     Lambda, B, C = (wide(x) for x in (flat.Lambda, flat.B, flat.C))
+    factored = None
     if backend == "reference":
-        found = reference.balance(Lambda, B, C)
-    else:
+        sigma, T, W = reference.balance(Lambda, B, C)
+    elif system.order <= LARGEST or (factored := well_conditioned.decompose(Lambda, B, C)) is None:
         from kdkernels.ops.hankel import schema
 
-        found = schema.hankel_singular_values.whole(Lambda, B, C, 0, True)
-    return tuple(x.reshape(*system.leading, *x.shape[1:]) for x in found)  # type: ignore[return-value]
+        sigma, T, W = schema.hankel_singular_values.whole(Lambda, B, C, 0, True)
+    else:
+        L_c, L_o, U, sigma, Vh = factored
+
+    def sides(r: int) -> tuple[Tensor, Tensor]:
+        if factored is None:
+            found = (T[..., :r], W[..., :r])
+        else:
+            found = projectors(L_c, L_o, U[..., :r], sigma, Vh[..., :r, :])
+        left, right = (x.reshape(*system.leading, *x.shape[1:]) for x in found)
+        return left, right
+
+    return sigma.reshape(*system.leading, system.order), sides
 
 
 def _needed(sigma: Tensor, tolerance: float) -> int:
@@ -235,9 +251,8 @@ def _needed(sigma: Tensor, tolerance: float) -> int:
 
 
 def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> BalancedTruncation | None:
-    """The system of order r, or None where it is not stable or not diagonal."""
+    """The system of order r, of which T and W are the projectors, or None where it is not stable or not diagonal."""
     Lambda, B, C = map(wide, (system.Lambda, system.B, system.C))
-    T, W = T[..., :r], W[..., :r]
     scaled = Lambda.unsqueeze(-1) * T
     A_r, B_r, C_r = W.mH @ scaled, W.mH @ B, C @ T
     eigenvalues, X = torch.linalg.eig(A_r)
@@ -258,16 +273,16 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
         return None
     # what rounding may have done to A_r, B_r and C_r, element by element, and what solving did
     n = system.order
-    error_A = EPS * (n + 4) * (W.abs().mT @ scaled.abs())
-    error_A = error_A + (A_r.to(X.dtype) @ X - X * eigenvalues.unsqueeze(-2)).abs() @ inverse.abs()
-    error_B = EPS * (n + 4) * (W.abs().mT @ B.abs()) + (X @ B_d - B_r).abs()
-    error_C = EPS * (n + r + 8) * (C.abs() @ T.abs())
-    magnified = inverse.abs()
+    size_W, size_T, size_X, magnified = _size(W).mT, _size(T), _size(X), _size(inverse)
+    error_A = EPS * (n + 4) * (size_W @ _size(scaled))
+    error_A = error_A + _size(A_r.to(X.dtype) @ X - X * eigenvalues.unsqueeze(-2)) @ magnified
+    error_B = EPS * (n + 4) * (size_W @ _size(B)) + _size(X @ B_d - B_r)
+    error_C = EPS * (n + r + 8) * (_size(C) @ size_T)
     gain = 1 / (1 - torch.maximum(radius, radius_rounded))  # of |1/(z − λ)|
     out, into = C_d.norm(dim=-2) * gain, B_d.norm(dim=-1) * gain
-    moved = torch.einsum("...i,...ij,...j", out, magnified @ error_A @ X.abs(), into)
+    moved = torch.einsum("...i,...ij,...j", out, magnified @ error_A @ size_X, into)
     moved = moved + (out * (magnified @ error_B).norm(dim=-1)).sum(-1)
-    moved = moved + ((error_C @ X.abs()).norm(dim=-2) * into).sum(-1)
+    moved = moved + ((error_C @ size_X).norm(dim=-2) * into).sum(-1)
     wide_rounded = tuple(map(wide, rounded))
     moved = moved + distance((eigenvalues, B_d, C_d), wide_rounded, gain)
     tail = (1 + SIGMA_ERROR) * 2 * sigma[..., r:].sum(-1) + 2 * n * EPS * sigma[..., :1].sum(-1) * (n - r)
@@ -284,8 +299,16 @@ def _reduce(system: System, sigma: Tensor, T: Tensor, W: Tensor, r: int) -> Bala
     )
 
 
+def _size(x: Tensor) -> Tensor:
+    """|Re x| + |Im x|: at least |x|, in a tenth of its time."""
+    return x.real.abs() + x.imag.abs() if x.is_complex() else x.abs()
+
+
 def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...], gain: Tensor) -> Tensor:
-    """A bound of ‖G_a(z) − G_b(z)‖ on |z| = 1, mode by mode: ‖c b‖/|z − λ| of two neighbours."""
+    """A bound of ‖G_a(z) − G_b(z)‖ on |z| = 1, mode by mode: ‖c b‖/|z − λ| of two neighbours.
+
+    `gain` is 1/(1 − |λ|) of the one nearer to the circle.
+    """
     (pole, B, C), (pole_b, B_b, C_b) = a, b
     change_B, change_C = (B - B_b).norm(dim=-1), (C - C_b).norm(dim=-2)
     size_B, size_C = B.norm(dim=-1), C_b.norm(dim=-2)

@@ -4,11 +4,11 @@ LAPACK keeps a second core half busy within one matrix, and all of it with two m
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from kdkernels import threads
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,27 +31,8 @@ def svdvals(matrix: Tensor) -> Tensor:
 
 
 def in_parallel(function: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
-    """`function` of each of the batch's matrices, stacked; of a batch on a GPU at once."""
+    """`function` of each of the batch's matrices, stacked; torch's threads take a matrix each."""
     if min(torch.get_num_threads(), len(batch)) < 2 or batch.is_cuda:
         with torch.no_grad():
             return tuple(x.contiguous() for x in function(batch))
-    results = thread_each(function, batch.detach())
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-
-
-def thread_each(function: Callable[[Any], Any], items: Any) -> list[Any]:
-    """`function` of each of the items, without gradients; torch's threads take one each, and LAPACK one thread.
-
-    The threads end with the call: a pool that outlived it would be dead in a forked process.
-    """
-    before = torch.get_num_threads()
-
-    def step(item: Any) -> Any:
-        with torch.no_grad():  # which is each thread's own
-            return function(item)
-
-    try:
-        with ThreadPoolExecutor(max(before, 1), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(step, items))
-    finally:
-        torch.set_num_threads(before)  # new threads would inherit the workers' single one
+    return tuple(torch.stack(parts) for parts in zip(*threads.each(function, batch.detach()), strict=True))
