@@ -14,7 +14,6 @@ from torch import Tensor
 from kdkernels.ops.hankel.once import once
 
 SPLIT = 2.0**27 + 1  # Dekker's (1971): halves of a float64
-SIGMA_ERROR = 1e-9  # relative, at most, of a Hankel singular value of a large system in float64
 
 
 def wide(x: Tensor) -> Tensor:

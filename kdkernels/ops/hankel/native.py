@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdkernels import _native
 from kdkernels.contract import resolved
-from kdkernels.ops.hankel.kernel import SIGMA_ERROR, horizon_factor, negligible, projectors, wide
+from kdkernels.ops.hankel.kernel import horizon_factor, negligible, projectors, wide
 from kdkernels.ops.svd import native
 from kdkernels.ops.svd.native import adjoint
 
@@ -56,42 +56,9 @@ def wide_factors(Lambda: Tensor, B: Tensor, C: Tensor, horizon: int | None) -> t
     Lambda, B, C = map(wide, (Lambda, B, C))
     if horizon is not None:
         return horizon_factor(Lambda, B, horizon), horizon_factor(Lambda.conj_physical(), adjoint(C), horizon)
-    if not B.is_cuda:  # there it would wait for the device
-        L_c, known_c = dense_factor(Lambda, B)
-        L_o, known_o = dense_factor(Lambda.conj_physical(), adjoint(C))
-        known = known_c & known_o
-        if bool(known.all()):
-            return L_c, L_o
-        others = (~known).nonzero().squeeze(-1)
-        L_c[others], L_o[others] = generated_factors(Lambda[others], B[others], C[others])
-        return L_c, L_o
-    return generated_factors(Lambda, B, C)
-
-
-def generated_factors(Lambda: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """By the generators, whatever the Gramians' condition."""
     L_c, L_o = (B.new_empty(*Lambda.shape, Lambda.shape[-1]) for _ in range(2))
     run(Lambda, B, C, factor_c=L_c, factor_o=L_o)
     return L_c, L_o
-
-
-def dense_factor(Lambda: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of the Gramian itself (N, n, n), and where it may be used (N).
-
-    With P scaled to a diagonal of 1, rounding changes every σ by at most ε (n + 1/(1 − |λ|²)) ‖P⁻¹‖ of itself (Demmel
-    and Veselić 1992), and ‖P⁻¹‖ is at most the trace. Where that is small, as it is with many inputs, LAPACK is faster
-    by far than the generators, which fill a SIMD lane for each system.
-    """
-    n = Lambda.shape[-1]
-    gap = 1 - Lambda.unsqueeze(-1) * Lambda.unsqueeze(-2).conj_physical()
-    P = (B @ adjoint(B)).div_(gap)
-    scale = P.diagonal(dim1=-2, dim2=-1).real.rsqrt()
-    L, _ = torch.linalg.cholesky_ex(P.mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2)))
-    inverse = torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
-    trace = torch.linalg.vector_norm(inverse, dim=(-2, -1)).square()
-    widest = 1 / gap.diagonal(dim1=-2, dim2=-1).real.amin(-1)
-    error = torch.finfo(torch.float64).eps * (n + widest) * trace
-    return L.div_(scale.unsqueeze(-1)), (error <= SIGMA_ERROR) & (widest > 0)
 
 
 ROOMS = ("factor_c", "factor_o", "residual_c", "residual_o", "values", "T", "W")

@@ -19,11 +19,11 @@ from kdkernels.ops.hankel.api import choose
 from kdkernels.ops.hankel.kernel import projectors, wide
 from kdkernels.ops.hankel.native import LARGEST
 from kdkernels.ops.hankel.systems import Operand, System, Systems, check
-from kdkernels.ops.svd.lapack import thread_each
 
 HOPELESS = 8  # ranks at which rounding alone is more than the error asked for: more states will not mend that
 KEEP = 0.95  # a reduction by less than this share is not worth its change of basis (CompreSSM)
 EPS = torch.finfo(torch.float64).eps
+SIGMA_ERROR = 1e-9  # relative, of the Hankel singular values in float64
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,6 @@ def balanced_truncation(
             the output sequence by more than ε times its own l2 norm. Where rounding alone is more than ε, nothing is
             reduced. Systems in leading dimensions get one rank, for tolerance and error the largest that any of them
             needs; the systems of a list get each their own.
-        error: ε ≥ 0: the smallest r whose error bound is at most ε, in other words: whatever the inputs are, the
-            outputs' error, as a root of a sum of squares over time, is at most ε times the inputs'.
         backend: `"auto"`, `"reference"` or `"native"`: what computes the Hankel singular values and their vectors. One
             that was asked for by name and cannot serve raises.
 
