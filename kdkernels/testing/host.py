@@ -94,6 +94,11 @@ def cases() -> Iterator[Case]:
         lambda: tuple(lora.eager(x, F.dropout(x, 0.1), W, None, a.lora_A, a.lora_B, 1.0) for a in group),
         (x, *(y for a in group for y in (a.lora_A, a.lora_B))),
     )  # fmt: skip
+    state = one(1, value=0.5)
+    yield Case(
+        "linear_recurrence", "one step", lambda: kd.linear_recurrence(state, x, state),
+        lambda: torch.addcmul(x, state, state), (state, x),
+    )  # fmt: skip
     M = one(1, 1, 1)
     yield Case("svdvals", "", lambda: kd.svdvals(M), lambda: torch.linalg.svdvals(M), (M,))
     yield Case("svd", "", lambda: tuple(kd.svd(M)), lambda: tuple(torch.linalg.svd(M)), (M,))

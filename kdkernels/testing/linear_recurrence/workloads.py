@@ -13,6 +13,8 @@ from kdkernels.testing.compare import Deviation, Outcome, deviations, errors
 from kdkernels.testing.linear_recurrence.inputs import Function, Inputs, Step, exact, make_inputs, through_reference
 
 OP = "linear_recurrence"
+OURS = ("eager", "kdkernels")
+PEERS_ERROR = 5e-4
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,14 @@ class Session:
         return {name: lambda function=function: self.step(function) for name, function in functions.items()}  # type: ignore[misc]
 
     def judge(self, outcomes: dict[str, Outcome]) -> dict[str, list[Deviation]]:
-        """Each variant's errors against float64, beside twice those of eager."""
+        """Errors against float64: ours beside twice eager's, the peers' beside what a trainer would put up with.
+
+        FFT loses two digits of λ's gradient, where the largest powers of all sequences meet.
+        """
         target = exact(self.inputs)
-        yardstick = errors(outcomes["eager"], target)
-        return {name: deviations(x, target, yardstick) for name, x in outcomes.items()}
+        eager = errors(outcomes["eager"], target)
+        wide = {name: max(error, PEERS_ERROR) for name, error in eager.items()}
+        return {name: deviations(x, target, eager if name in OURS else wide) for name, x in outcomes.items()}
 
     def cost(self, variant: str) -> Cost:
         """Forward reads the input and writes the states; backward reads both and what arrives, and writes one."""
