@@ -10,10 +10,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def each(function: Callable[[Item], Result], items: Iterable[Item], *, on_cpu: bool = True) -> list[Result]:
     """`function` of each item, without gradients, computed in one thread: the same bits however many there are.
 
-    The threads end with the call: a pool that outlived it would be dead in a forked process.
+    Work that is not `on_cpu` is handed to its device by the caller's thread. The threads end with the call: a pool that
+    outlived it would be dead in a forked process.
     """
 
     def alone(item: Item) -> Result:
@@ -21,7 +22,7 @@ def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Resu
             return function(item)
 
     before = torch.get_num_threads()
-    if before == 1:
+    if before == 1 or not on_cpu:
         return list(map(alone, items))
     try:
         with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:

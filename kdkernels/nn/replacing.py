@@ -117,6 +117,7 @@ class Replacement:
     states: States
 
 
+@torch.no_grad()
 def replace(optimizer: torch.optim.Optimizer | None, replacements: Iterable[Replacement]) -> None:
     """Put them in: as new parameters without gradients, on the device, in the dtype and as trainable as the old."""
     new: dict[nn.Parameter, nn.Parameter] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdkernels import threads
 from kdkernels.contract import check_choice, check_count, is_whole
 from kdkernels.nn.lru import SMALLEST
 from kdkernels.nn.moments import Basis, Transport, transported
@@ -124,20 +125,23 @@ def truncate(
     if sum(x is not None for x in (tolerance, ranks, error)) != 1:
         raise ValueError("tolerance, ranks and error: exactly one of them must be given")
     chosen = None if ranks is None else _ranks(layers, ranks)
-    with torch.no_grad():
-        bases = [_basis(layer) for layer in layers]
-        systems = check(*(list(x) for x in zip(*(basis.system() for basis in bases), strict=True)))
+    on_cpu = all(layer.module.nu_log.device.type == "cpu" for layer in layers)
+    bases = threads.each(_basis, layers, on_cpu=on_cpu)
+    systems = check(*map(list, zip(*threads.each(Basis.system, bases, on_cpu=on_cpu), strict=True)))
 
-        def store(i: int, reduced: BalancedTruncation) -> "Stored":
-            return stored(reduced, layers[i].module.nu_log.dtype)
+    def store(i: int, reduced: BalancedTruncation) -> Stored:
+        return stored(reduced, layers[i].module.nu_log.dtype)
 
-        found = reduce_all(systems, orders(systems, chosen, tolerance, error), backend, store)
-        replacements = [
-            Replacement(layer, reduced.parameters, _states(optimizer, layer, basis, reduced, moments))
-            for layer, basis, reduced in zip(layers, bases, found, strict=True)
-            if isinstance(reduced, Stored)
-        ]
-        replace(optimizer, replacements)
+    found = reduce_all(systems, orders(systems, chosen, tolerance, error), backend, store)
+
+    def replacement(i: int) -> Replacement | None:
+        layer, reduced = layers[i], found[i]
+        if not isinstance(reduced, Stored):
+            return None
+        return Replacement(layer, reduced.parameters, _states(optimizer, layer, bases[i], reduced, moments))
+
+    made = threads.each(replacement, range(len(layers)), on_cpu=on_cpu)
+    replace(optimizer, (x for x in made if x is not None))
     return Truncation(
         tuple(
             TruncatedLayer(
@@ -222,7 +226,7 @@ def _basis(layer: Layer) -> Basis:
     for name, parameter in layer.parameters.items():
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"{where}: {name} is not finite")
-    basis = Basis({name: x.double() for name, x in layer.parameters.items()})
+    basis = Basis({name: x.detach().double() for name, x in layer.parameters.items()})
     for name, x in zip(("Λ", "γB", "C"), basis.system(), strict=True):
         if not bool(x.isfinite().all()):
             raise ValueError(f"{where}: its parameters are finite, but {name} is not")

@@ -176,11 +176,9 @@ def reduce_all(
     def reduced(i: int) -> BalancedTruncation:
         return _truncate(systems, i, orders[i], chosen, store)
 
-    places = range(len(orders))
-    if any(member.B.is_cuda for member in systems.members):
-        with torch.no_grad():
-            return [reduced(i) for i in places]
-    return threads.each(reduced, places)
+    return threads.each(
+        reduced, range(len(orders)), on_cpu=all(member.B.device.type == "cpu" for member in systems.members)
+    )
 
 
 def _truncate(
