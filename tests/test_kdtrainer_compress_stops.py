@@ -183,7 +183,7 @@ def test_two_processes_truncate_alike_and_one_of_them_writes(tmp_path):
     script.write_text(TWO)
     (out / "checkpoints").mkdir(parents=True)
     options = (*TINY, "--dropout", "0", "--compare", "")
-    driver = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", script, tmp_path)
+    driver = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path)
     quietly(*options, "--out", alone)
     shutil.copy(path_of(alone, TASKS[0]), out / "checkpoints")  # a fresh run removes it before any process sees it
     code, _, errors = finish(start(*options, "--out", out, experiment="compress", driver=tuple(map(str, driver))))
