@@ -25,10 +25,11 @@ def one_thread():
     torch.use_deterministic_algorithms(deterministic)
 
 
-def start(*arguments):
+def start(*arguments, experiment="digits", driver=()):
+    """`driver`: what Python runs instead of kdtrainer itself."""
     root = Path(__file__).parents[1]
     paths = os.pathsep.join([str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "kdtrainer", "digits", *map(str, arguments)]
+    command = [sys.executable, *(driver or ("-m", "kdtrainer")), experiment, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -38,8 +39,8 @@ def finish(process):
     return process.returncode, output, errors
 
 
-def run_here(*arguments):
-    return cli.main(["digits", *map(str, arguments)])
+def run_here(*arguments, experiment="digits"):
+    return cli.main([experiment, *map(str, arguments)])
 
 
 def lines_of(out):

@@ -36,8 +36,10 @@ def run(config: Config, options: Options) -> None:
         config = dataclasses.replace(config, world=ranks.world)
         check(config, options)
         data = sequences.load(config.data, config.length)
-        kept = prepare(config, options) if ranks.leads else 0
-        log = metrics.MetricsLog(options.out / metrics_name(ranks), kept)
+        log = None
+        if ranks.leads:
+            log = metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options))
+        ranks.gather("prepared")  # none looks for a checkpoint before the old ones are gone
         try:
             with progress_bar(ranks.leads) as bar:
                 results = [
@@ -45,16 +47,12 @@ def run(config: Config, options: Options) -> None:
                     for k in range(options.seeds)
                 ]
         finally:
-            log.close()
+            if log:
+                log.close()
         if ranks.leads:
             conclude(config, options, results)
     finally:
         ranks.close()
-
-
-def metrics_name(ranks: Ranks) -> str:
-    """The leading process's file; the others write nothing, to files that say so."""
-    return "metrics.jsonl" if ranks.leads else f"metrics-of-rank-{ranks.rank}-are-in-metrics.jsonl"
 
 
 def check(config: Config, options: Options) -> None:
@@ -93,7 +91,7 @@ def one_seed(
     config: Config,
     options: Options,
     data: sequences.Sequences,
-    log: metrics.MetricsLog,
+    log: metrics.MetricsLog | None,
     ranks: Ranks,
     bar: ProgressBar,
 ) -> list[report.Row]:

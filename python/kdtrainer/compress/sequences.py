@@ -3,6 +3,7 @@
 import gzip
 import shutil
 import subprocess
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def read_idx(path: Path) -> np.ndarray:
         dimensions = content[3]
         shape = np.frombuffer(content, ">u4", dimensions, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
@@ -95,12 +96,15 @@ def from_file(path: Path) -> Sequences:
     if not path.is_file():
         raise RunError(f"--data is {str(path)!r}, but must be {DIGITS}, {FASHION_MNIST} or a .npz file that is there")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with loaded as file:
             missing = [key for key in KEYS if key not in file]
             if missing:
                 raise RunError(f"{path} has no array {missing[0]!r}: it must have {', '.join(KEYS)}")
             arrays = [file[key] for key in KEYS]
-    except (OSError, ValueError, BadZipFile, EOFError, AttributeError) as error:
+    except (OSError, ValueError, BadZipFile, EOFError, RuntimeError, zlib.error) as error:
         raise RunError(f"{path} is no .npz file of arrays: {error}") from error
     return checked(str(path), *arrays)
 

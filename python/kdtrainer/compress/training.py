@@ -97,9 +97,11 @@ def layers_of(model: torch.nn.Module) -> list[LRU]:
 
 
 class Training:
-    """One task from its checkpoint, or from the start, to its last step."""
+    """One task from its checkpoint, or from the start, to its last step. Without a log it writes nothing."""
 
-    def __init__(self, task: Task, config: Config, data: Sequences, path: Path, log: MetricsLog, ranks: Ranks) -> None:
+    def __init__(
+        self, task: Task, config: Config, data: Sequences, path: Path, log: MetricsLog | None, ranks: Ranks
+    ) -> None:
         self.task, self.config, self.data, self.path, self.log, self.ranks = task, config, data, path, log, ranks
         self.progress = Progress(0, 0, 0.0, 0.0, 0.0, list(task.states), [], [])
         found = path.exists()
@@ -138,10 +140,10 @@ class Training:
                     evaluation["states"] = sum(self.progress.states) / len(self.progress.states)
                     self.update(evaluations=[*self.progress.evaluations, evaluation])
                 stop = any(self.ranks.gather(interrupted()))
-                if self.ranks.leads:
+                if self.log:
                     self.log.append(record)
                     if step % checkpoint_every == 0 or step == steps or stop:
-                        self.save()
+                        self.save(self.log)
                 on_step(step, loss)
                 if stop:
                     raise Interrupted
@@ -159,13 +161,13 @@ class Training:
         loss, regularizing = F.cross_entropy(self.wrapped(inputs), labels), 0.0
         value = self.ranks_mean(loss)
         if not math.isfinite(value):
-            kept = f"the checkpoint in {self.path} is from before" if self.path.exists() else "there is no checkpoint"
-            raise RunError(
-                f"the loss of {self.task.name} is {value} in step {step}: a smaller --learning-rate may help; {kept}"
-            )
+            raise self.diverged(step, f"the loss is {value}")
         if config.hsv_regularizer:
             start = time.perf_counter()
-            loss = loss + config.hsv_weight * regularizer(self.model, config.hsv_regularizer)
+            try:
+                loss = loss + config.hsv_weight * regularizer(self.model, config.hsv_regularizer)
+            except ValueError as error:  # an eigenvalue has reached the unit circle
+                raise self.diverged(step, f"there is no regulariser's value: {error}") from error
             regularizing = time.perf_counter() - start
         self.optimizer.zero_grad()
         loss.backward()
@@ -179,7 +181,10 @@ class Training:
         """Take states away; the leading process decides. The seconds that it took."""
         assert self.task.reduce is not None
         start, before = time.perf_counter(), self.model.states
-        found = self.task.reduce(self.model, self.optimizer, step) if self.ranks.leads else None
+        try:
+            found = self.task.reduce(self.model, self.optimizer, step) if self.ranks.leads else None
+        except ValueError as error:
+            raise self.diverged(step, f"no state can be taken away: {error}") from error
         self.ranks.follow(self.model, self.optimizer, self.model.states, before)
         if self.model.states != before:
             self.wrapped = self.ranks.wrap(self.model)
@@ -193,12 +198,18 @@ class Training:
         self.update(states=self.model.states, reductions=[*self.progress.reductions, event])
         return event["seconds"]
 
+    def diverged(self, step: int, why: str) -> RunError:
+        kept = f"the checkpoint in {self.path} is from before" if self.path.exists() else "there is no checkpoint"
+        return RunError(f"{self.task.name}, step {step}: {why}. A smaller --learning-rate may help; {kept}")
+
     def update(self, **changes: Any) -> None:
         self.progress = dataclasses.replace(self.progress, **changes)
 
-    def save(self) -> None:
-        """Metrics first: a checkpoint never counts on a line that is not on the disk."""
-        self.update(metrics_bytes=self.log.sync())
+    def save(self, log: MetricsLog) -> None:
+        """Metrics first: a checkpoint never counts on a line that is not on the disk. None is of a diverged model."""
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise self.diverged(self.progress.step, "a parameter is not finite")
+        self.update(metrics_bytes=log.sync())
         checkpoint.save(self.path, self.model, self.optimizer, self.config, self.progress, self.spectra)
 
 
