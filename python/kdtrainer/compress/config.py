@@ -25,7 +25,7 @@ class Config:
     max_radius: float = 0.999
     steps: int = 1000
     batch: int = 50
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-2
     ssm_rate_factor: float = 0.25  # of the layers' own parameters
     weight_decay: float = 0.05  # of all others
     warm_up: float = 0.1  # share of the steps
