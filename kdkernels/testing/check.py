@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kdkernels import backend as backends
-from kdkernels.testing.compare import Deviation
+from kdkernels.testing.compare import Deviation, Outcome, errors
 
 # A float64 run is measured against another: half as much again for the rounding of the oracle, and its floor.
 FLOAT64_SHARE = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
@@ -49,3 +50,18 @@ def why_not(row: backends.Implementation) -> str | None:
 def interpreting() -> bool:
     """Triton reads this when its kernels are defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def held_to_eager(
+    inputs: Any, exact: Callable[[Any], Outcome], eager: Callable[[Any], Outcome]
+) -> tuple[Outcome, dict[str, float]]:
+    """The float64 answer and eager's errors; for float64 those of float32, scaled by the roundings' ratio.
+
+    `inputs` have an `input`, and move to another precision by `to`.
+    """
+    target = exact(inputs)
+    if inputs.input.real.dtype is not torch.float64:
+        return target, errors(eager(inputs), target)
+    narrow = inputs.to(torch.float32)
+    found = errors(eager(narrow), exact(narrow))
+    return target, {name: error * FLOAT64_SHARE + FLOAT64_FLOOR for name, error in found.items()}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from kdkernels import backend as backends
-from kdkernels.testing.check import FLOAT64_FLOOR, FLOAT64_SHARE, Check, devices
-from kdkernels.testing.compare import Deviation, Outcome, deviations, errors
+from kdkernels.testing.check import Check, devices, held_to_eager
+from kdkernels.testing.compare import Deviation, Outcome, deviations
 from kdkernels.testing.lora_linear.inputs import eager, exact, make_inputs, ours
 
 OP = "lora_linear"
@@ -70,11 +70,5 @@ def compare_case(arguments: dict[str, Any], backend: str) -> list[Deviation]:
 
 @cache
 def expectations(arguments: tuple[tuple[str, Any], ...]) -> tuple[Outcome, dict[str, float]]:
-    """The float64 answer of a case and eager's errors; for float64 those of float32, scaled by the roundings' ratio."""
-    inputs = make_inputs(**dict(arguments))
-    target = exact(inputs)
-    if inputs.input.dtype is not torch.float64:
-        return target, errors(eager(inputs), target)
-    narrow = inputs.to(torch.float32)
-    found = errors(eager(narrow), exact(narrow))
-    return target, {name: error * FLOAT64_SHARE + FLOAT64_FLOOR for name, error in found.items()}
+    """The float64 answer of a case, and the errors it allows."""
+    return held_to_eager(make_inputs(**dict(arguments)), exact, eager)
