@@ -3,7 +3,6 @@
 import contextlib
 import io
 
-import pytest
 from trainer import run_here
 
 from kdtrainer import checkpoint, cli
@@ -61,9 +60,8 @@ def kill():
     raise Killed
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted")
+def run_short(out):
+    """What an interrupted run is compared with."""
     quietly(*SHORT, "--out", out)
     events = progress_of(out, TASKS[0]).reductions
     assert [e["step"] for e in events] == REDUCTIONS

@@ -21,7 +21,7 @@ from compressing import (
     path_of,
     progress_of,
     quietly,
-    uninterrupted,  # noqa: F401 a fixture
+    run_short,
 )
 from trainer import assert_same_bits, final_state, finish, lines_of, one_thread, start  # noqa: F401
 
@@ -37,6 +37,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:
 def everything(tmp_path_factory):
     out = tmp_path_factory.mktemp("everything")
     return out, quietly(*TINY, "--compare", ",".join(BASELINES), "--seeds", "2", "--out", out)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_short(tmp_path_factory.mktemp("uninterrupted"))
 
 
 # Whole runs
@@ -55,7 +60,9 @@ def test_every_baseline_has_the_sizes_that_it_should(everything):
         for name, row in rows.items():
             path = path_of(everything[0], f"seed{k}-{'uncompressed' if name == 'posthoc' else name}")
             assert row["seed"] == k and 0 <= row["accuracy"] <= 1
-            assert checkpoint.weights(path)["blocks.0.lru.nu_log"].numel() == (STATES if name == "posthoc" else row["states"][0])
+            assert checkpoint.weights(path)["blocks.0.lru.nu_log"].numel() == (
+                STATES if name == "posthoc" else row["states"][0]
+            )
             assert row["parameters"] == rows["small" if row["states"] == [final] else "uncompressed"]["parameters"]
         shrunk = [(e["step"], e["before"], e["states"]) for e in rows["compressed"]["reductions"]]
         assert [step for step, _, _ in shrunk] == REDUCTIONS
@@ -78,7 +85,10 @@ def test_a_run_leaves_a_report_metrics_plots_and_a_table(everything):
         assert 0 < row["reducing"] < row["seconds"] and row["regularizing"] == 0
         assert row["reducing"] == pytest.approx(sum(e["seconds"] for e in row["reductions"]))
         assert [e["step"] for e in row["evaluations"]] == [12, 24]
-        assert row["evaluations"][-1]["accuracy"] == row["accuracy"] and row["evaluations"][-1]["states"] == row["states"][0]
+        assert (
+            row["evaluations"][-1]["accuracy"] == row["accuracy"]
+            and row["evaluations"][-1]["states"] == row["states"][0]
+        )
     for name in ("spectra.png", "training.png"):
         content = (out / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
