@@ -58,16 +58,35 @@ def test_a_loss_that_is_no_number_stops_with_its_step(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--hsv-regularizer", "energy"), ("--reductions", 1, "--reduction-share", "0.04")]
+    "options, why",
+    [
+        ((), "step [23]: the loss is "),
+        (("--reductions", 1, "--reduction-share", "0.04"), "step 1: no state can be taken away: "),
+    ],
 )
 def test_a_huge_learning_rate_stops_with_its_step(tmp_path, capsys, options, why):
-    """Wherever it shows first: in the loss, in the regulariser or in a reduction."""
+    """Wherever it shows first: in the loss or in a reduction."""
     assert compress(*TINY, "--out", tmp_path, "--learning-rate", "1e30", "--warm-up", "0", *options) == cli.REFUSED
     errors = capsys.readouterr().err
-    assert re.search(
-        r"seed0-compressed, step [123]: .*A smaller --learning-rate may help; there is no checkpoint", errors
-    )
+    assert re.search(f"seed0-compressed, {why}.*A smaller --learning-rate may help; there is no checkpoint", errors)
     assert "Traceback" not in errors and not path_of(tmp_path, TASKS[0]).exists()
+
+
+def test_an_eigenvalue_on_the_unit_circle_has_no_regularizer(tmp_path, monkeypatch, capsys):
+    """What a loss does not tell."""
+    models, build = [], training.build
+
+    def spoil():
+        training.layers_of(models[-1])[0].nu_log.data.fill_(-90.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "build", lambda *a: models.append(build(*a)) or models[-1])
+        at_call(patched, torch.optim.AdamW, "step", 2, spoil, after=True)
+        options = ("--hsv-regularizer", "energy", "--checkpoint-every", "1")
+        assert compress(*SHORT, *options, "--out", tmp_path) == cli.REFUSED
+    errors = capsys.readouterr().err
+    assert "seed0-compressed, step 3: there is no regulariser's value: " in errors and "is from before" in errors
+    assert progress_of(tmp_path, TASKS[0]).step == 2
 
 
 def test_no_checkpoint_is_of_a_model_that_diverged(tmp_path, monkeypatch, capsys):
