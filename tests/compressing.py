@@ -3,10 +3,11 @@
 import contextlib
 import io
 
+import pytest
 from trainer import run_here
 
 from kdtrainer import checkpoint, cli
-from kdtrainer.compress import training
+from kdtrainer.compress import plots, training
 
 STEPS, STATES, REDUCTIONS = 24, 10, [4, 7, 11, 14]
 TINY = (
@@ -25,9 +26,22 @@ def compress(*arguments):
     return run_here(*arguments, experiment="compress")
 
 
-def quietly(*arguments):
+def draw_nothing(patched):
+    """Plots take longer than such training."""
+    for name in ("spectra", "over_time"):
+        patched.setattr(plots, name, lambda *_: None)
+
+
+def quietly(*arguments, draw=False):
+    """Run it, and return what it printed."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        if not draw:
+            draw_nothing(patched)
         assert compress(*arguments) == cli.DONE
     return printed.getvalue()
 

@@ -17,6 +17,7 @@ from compressing import (
     Killed,
     at_call,
     compress,
+    draw_nothing,
     kill,
     path_of,
     progress_of,
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     out = tmp_path_factory.mktemp("everything")
-    return out, quietly(*TINY, "--compare", ",".join(BASELINES), "--seeds", "2", "--out", out)
+    return out, quietly(*TINY, "--compare", ",".join(BASELINES), "--seeds", "2", "--out", out, draw=True)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +139,7 @@ def test_other_ways_to_say_how_many_states_go(tmp_path, option, value):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    """They take longer than the training."""
-    for name in ("spectra", "over_time"):
-        monkeypatch.setattr(plots, name, lambda *_: None)
+    draw_nothing(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_kill_9_right_after_a_truncation(uninterrupted, tmp_path):
+def test_kill_9_right_after_a_truncation(uninterrupted, no_plots, tmp_path):
     code, _, errors = finish(start(*SHORT, "--out", tmp_path, experiment="compress", driver=("-c", DRIVER)))
     assert code == -signal.SIGKILL, errors
     assert progress_of(tmp_path, TASKS[0]).step == 5 and lines_of(tmp_path) == 6
@@ -208,7 +207,7 @@ def test_kill_9_right_after_a_truncation(uninterrupted, tmp_path):
     assert_same_bits(final_state(tmp_path), final_state(uninterrupted))
 
 
-def test_kill_9_at_any_moment(uninterrupted, tmp_path):
+def test_kill_9_at_any_moment(uninterrupted, no_plots, tmp_path):
     moment = random.randint(1, 3 * STEPS - 12)
     process = start(*SHORT, "--out", tmp_path, experiment="compress")
     while lines_of(tmp_path) < moment and process.poll() is None:

@@ -16,6 +16,7 @@ from compressing import (
     TINY,
     at_call,
     compress,
+    draw_nothing,
     path_of,
     progress_of,
     quietly,
@@ -106,6 +107,8 @@ def test_no_checkpoint_is_of_a_model_that_diverged(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("name", ["write_atomically", "fsync"])
 def test_a_full_disk_stops_and_leaves_the_earlier_checkpoint(uninterrupted, tmp_path, monkeypatch, capsys, name):
+    draw_nothing(monkeypatch)
+
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
 
