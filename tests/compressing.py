@@ -7,7 +7,7 @@ import pytest
 from trainer import run_here
 
 from kdtrainer import checkpoint, cli
-from kdtrainer.compress import training
+from kdtrainer.compress import plots, training
 
 STEPS, STATES, REDUCTIONS = 24, 10, [4, 7, 11, 14]
 TINY = (
@@ -26,9 +26,22 @@ def compress(*arguments):
     return run_here(*arguments, experiment="compress")
 
 
-def quietly(*arguments):
+def draw_nothing(patched):
+    """Plots take longer than such training."""
+    for name in ("spectra", "over_time"):
+        patched.setattr(plots, name, lambda *_: None)
+
+
+def quietly(*arguments, draw=False):
+    """Run it, and return what it printed."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        if not draw:
+            draw_nothing(patched)
         assert compress(*arguments) == cli.DONE
     return printed.getvalue()
 
@@ -61,9 +74,8 @@ def kill():
     raise Killed
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted")
+def run_short(out):
+    """What an interrupted run is compared with."""
     quietly(*SHORT, "--out", out)
     events = progress_of(out, TASKS[0]).reductions
     assert [e["step"] for e in events] == REDUCTIONS

@@ -17,17 +17,19 @@ from compressing import (
     Killed,
     at_call,
     compress,
+    draw_nothing,
     kill,
     path_of,
     progress_of,
     quietly,
-    uninterrupted,  # noqa: F401 a fixture
+    run_short,
 )
 from trainer import assert_same_bits, final_state, finish, lines_of, one_thread, start  # noqa: F401
 
 import kdkernels as kd
+from kdkernels.nn import truncation
 from kdtrainer import checkpoint, cli, metrics
-from kdtrainer.compress import training
+from kdtrainer.compress import plots, training
 from kdtrainer.compress.config import BASELINES
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
@@ -36,7 +38,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     out = tmp_path_factory.mktemp("everything")
-    return out, quietly(*TINY, "--compare", ",".join(BASELINES), "--seeds", "2", "--out", out)
+    return out, quietly(*TINY, "--compare", ",".join(BASELINES), "--seeds", "2", "--out", out, draw=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_short(tmp_path_factory.mktemp("uninterrupted"))
 
 
 # Whole runs
@@ -55,7 +62,9 @@ def test_every_baseline_has_the_sizes_that_it_should(everything):
         for name, row in rows.items():
             path = path_of(everything[0], f"seed{k}-{'uncompressed' if name == 'posthoc' else name}")
             assert row["seed"] == k and 0 <= row["accuracy"] <= 1
-            assert checkpoint.weights(path)["blocks.0.lru.nu_log"].numel() == (STATES if name == "posthoc" else row["states"][0])
+            assert checkpoint.weights(path)["blocks.0.lru.nu_log"].numel() == (
+                STATES if name == "posthoc" else row["states"][0]
+            )
             assert row["parameters"] == rows["small" if row["states"] == [final] else "uncompressed"]["parameters"]
         shrunk = [(e["step"], e["before"], e["states"]) for e in rows["compressed"]["reductions"]]
         assert [step for step, _, _ in shrunk] == REDUCTIONS
@@ -78,7 +87,10 @@ def test_a_run_leaves_a_report_metrics_plots_and_a_table(everything):
         assert 0 < row["reducing"] < row["seconds"] and row["regularizing"] == 0
         assert row["reducing"] == pytest.approx(sum(e["seconds"] for e in row["reductions"]))
         assert [e["step"] for e in row["evaluations"]] == [12, 24]
-        assert row["evaluations"][-1]["accuracy"] == row["accuracy"] and row["evaluations"][-1]["states"] == row["states"][0]
+        assert (
+            row["evaluations"][-1]["accuracy"] == row["accuracy"]
+            and row["evaluations"][-1]["states"] == row["states"][0]
+        )
     for name in ("spectra.png", "training.png"):
         content = (out / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
@@ -125,6 +137,11 @@ def test_other_ways_to_say_how_many_states_go(tmp_path, option, value):
 # Resumption
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    draw_nothing(monkeypatch)
+
+
 @pytest.mark.parametrize(
     "moment",
     [
@@ -138,9 +155,7 @@ def test_other_ways_to_say_how_many_states_go(tmp_path, option, value):
         "in the report",
     ],
 )
-def test_a_run_that_was_killed_resumes_to_the_same_bits(uninterrupted, tmp_path, monkeypatch, moment):
-    from kdkernels.nn import truncation
-
+def test_a_run_that_was_killed_resumes_to_the_same_bits(uninterrupted, no_plots, tmp_path, monkeypatch, moment):
     def in_write():
         target.with_name(target.name + ".tmp").write_bytes(b"half of it")
         raise Killed
@@ -154,17 +169,12 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(uninterrupted, tmp_path,
         "in the pruning": (kd.nn, "keep_states", 2, kill, True),
         "in a write after a truncation": (checkpoint, "write_atomically", 2, in_write, False),
         "before a checkpoint gets its name": (checkpoint.os, "replace", 2, kill, False),
-        "in the report": (kd.nn, "keep_states", 99, kill, False),
+        "in the report": (plots, "spectra", 1, kill, False),
     }[moment]
-    if moment == "in the report":
-        from kdtrainer.compress import plots
-
-        where, name, number = plots, "spectra", 1
     with monkeypatch.context() as patched:
         at_call(patched, where, name, number, act, after)
         with pytest.raises(Killed):
             compress(*SHORT, "--out", tmp_path)
-    assert not (tmp_path / "training.png").exists()
     assert compress(*SHORT, "--out", tmp_path, "--resume") == cli.DONE
     assert_same_bits(final_state(tmp_path), final_state(uninterrupted))
     for task in TASKS:
@@ -189,7 +199,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_kill_9_right_after_a_truncation(uninterrupted, tmp_path):
+def test_kill_9_right_after_a_truncation(uninterrupted, no_plots, tmp_path):
     code, _, errors = finish(start(*SHORT, "--out", tmp_path, experiment="compress", driver=("-c", DRIVER)))
     assert code == -signal.SIGKILL, errors
     assert progress_of(tmp_path, TASKS[0]).step == 5 and lines_of(tmp_path) == 6
@@ -197,7 +207,7 @@ def test_kill_9_right_after_a_truncation(uninterrupted, tmp_path):
     assert_same_bits(final_state(tmp_path), final_state(uninterrupted))
 
 
-def test_kill_9_at_any_moment(uninterrupted, tmp_path):
+def test_kill_9_at_any_moment(uninterrupted, no_plots, tmp_path):
     moment = random.randint(1, 3 * STEPS - 12)
     process = start(*SHORT, "--out", tmp_path, experiment="compress")
     while lines_of(tmp_path) < moment and process.poll() is None:
@@ -210,7 +220,7 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize("where, name, number", [(training, "batch_of", STEPS + 9), (kd.nn, "truncate", 2)])
-def test_ctrl_c_finishes_the_step_and_can_be_resumed(uninterrupted, tmp_path, monkeypatch, capsys, where, name, number):
+def test_ctrl_c_can_be_resumed(uninterrupted, no_plots, tmp_path, monkeypatch, capsys, where, name, number):
     with monkeypatch.context() as patched:
         at_call(patched, where, name, number, lambda: signal.raise_signal(signal.SIGINT), after=True)
         assert compress(*SHORT, "--out", tmp_path) == cli.INTERRUPTED

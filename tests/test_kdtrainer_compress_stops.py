@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from compressing import (
     TINY,
     at_call,
     compress,
+    draw_nothing,
     path_of,
     progress_of,
     quietly,
-    uninterrupted,  # noqa: F401 a fixture
+    run_short,
 )
 from trainer import assert_same_bits, final_state, finish, lines_of, one_thread, start  # noqa: F401
 
@@ -27,6 +29,11 @@ from kdtrainer.compress import ranks, training
 from kdtrainer.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_short(tmp_path_factory.mktemp("uninterrupted"))
 
 
 # What stops a run
@@ -51,13 +58,36 @@ def test_a_loss_that_is_no_number_stops_with_its_step(tmp_path, monkeypatch, cap
     assert all(value.isfinite().all() for value in checkpoint.read(path).values())
 
 
-@pytest.mark.parametrize("options", [(), ("--hsv-regularizer", "energy"), ("--reductions", 1, "--reduction-share", "0.04")])
-def test_a_huge_learning_rate_stops_with_its_step(tmp_path, capsys, options):
-    """Wherever it shows first: in the loss, in the regulariser or in a reduction."""
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ((), "step [23]: the loss is "),
+        (("--reductions", 1, "--reduction-share", "0.04"), "step 1: no state can be taken away: "),
+    ],
+)
+def test_a_huge_learning_rate_stops_with_its_step(tmp_path, capsys, options, why):
+    """Wherever it shows first: in the loss or in a reduction."""
     assert compress(*TINY, "--out", tmp_path, "--learning-rate", "1e30", "--warm-up", "0", *options) == cli.REFUSED
     errors = capsys.readouterr().err
-    assert re.search(r"seed0-compressed, step [123]: .*A smaller --learning-rate may help; there is no checkpoint", errors)
+    assert re.search(f"seed0-compressed, {why}.*A smaller --learning-rate may help; there is no checkpoint", errors)
     assert "Traceback" not in errors and not path_of(tmp_path, TASKS[0]).exists()
+
+
+def test_an_eigenvalue_on_the_unit_circle_has_no_regularizer(tmp_path, monkeypatch, capsys):
+    """What a loss does not tell."""
+    models, build = [], training.build
+
+    def spoil():
+        training.layers_of(models[-1])[0].nu_log.data.fill_(-90.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "build", lambda *a: models.append(build(*a)) or models[-1])
+        at_call(patched, torch.optim.AdamW, "step", 2, spoil, after=True)
+        options = ("--hsv-regularizer", "energy", "--checkpoint-every", "1")
+        assert compress(*SHORT, *options, "--out", tmp_path) == cli.REFUSED
+    errors = capsys.readouterr().err
+    assert "seed0-compressed, step 3: there is no regulariser's value: " in errors and "is from before" in errors
+    assert progress_of(tmp_path, TASKS[0]).step == 2
 
 
 def test_no_checkpoint_is_of_a_model_that_diverged(tmp_path, monkeypatch, capsys):
@@ -77,6 +107,8 @@ def test_no_checkpoint_is_of_a_model_that_diverged(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("name", ["write_atomically", "fsync"])
 def test_a_full_disk_stops_and_leaves_the_earlier_checkpoint(uninterrupted, tmp_path, monkeypatch, capsys, name):
+    draw_nothing(monkeypatch)
+
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -164,48 +196,89 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, monkeypatch, caps
 
 
 TWO = """
-import os, sys
+import os, sys, time
 import torch
+import torch.distributed as dist
 from kdtrainer import cli
-from kdtrainer.compress.ranks import Ranks
-right = Ranks.check_equal
-def check_equal(self, model):
-    right(self, model)
-    torch.save(model.state_dict(), f"{sys.argv[1]}/rank{self.rank}.pt")
-Ranks.check_equal = check_equal
-sys.exit(cli.main(sys.argv[2:]))
+from kdtrainer.compress import ranks, run
+
+folder, options = sys.argv[1], sys.argv[2:]
+follow, close, check_equal, prepare = ranks.Ranks.follow, ranks.Ranks.close, ranks.Ranks.check_equal, run.prepare
+dist.init_process_group("gloo")  # for three runs
+rank, calls = dist.get_rank(), []
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(self, *arguments):
+    follow(self, *arguments)
+    calls.append(1)
+    if len(calls) == 2:
+        raise Killed
+
+
+def checked(self, model):
+    check_equal(self, model)
+    torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
+
+
+def slow(*arguments):
+    time.sleep(0.5)
+    return prepare(*arguments)
+
+
+ranks.Ranks.close = lambda self: None
+try:
+    ranks.Ranks.follow = killed
+    cli.main([*options, "--out", f"{folder}/killed"])
+    sys.exit("it was not killed")
+except Killed:
+    ranks.Ranks.follow = follow
+assert cli.main([*options, "--out", f"{folder}/killed", "--resume"]) == 0
+ranks.Ranks.close, ranks.Ranks.check_equal, run.prepare = close, checked, slow
+code = cli.main([*options, "--out", f"{folder}/run"])
+assert not dist.is_initialized()
+sys.exit(code)
 """
 
 
-def test_two_processes_truncate_alike_and_one_of_them_writes(tmp_path):
-    """And they learn what one would from the same batches."""
-    script, out, alone = tmp_path / "two.py", tmp_path / "run", tmp_path / "alone"
-    script.write_text(TWO)
-    (out / "checkpoints").mkdir(parents=True)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Runs of two processes: one that both left right after the second reduction and then resumed, and a whole one."""
+    folder = tmp_path_factory.mktemp("two")
     options = (*TINY, "--dropout", "0", "--compare", "")
-    driver = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path)
-    quietly(*options, "--out", alone)
-    shutil.copy(path_of(alone, TASKS[0]), out / "checkpoints")  # a fresh run removes it before any process sees it
-    code, _, errors = finish(start(*options, "--out", out, experiment="compress", driver=tuple(map(str, driver))))
+    quietly(*options, "--out", folder / "alone")
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(path_of(folder / "alone", TASKS[0]), folder / "run" / "checkpoints")
+    (folder / "two.py").write_text(TWO)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    driver = (*torchrun, sys.executable, str(folder / "two.py"), str(folder))
+    code, _, errors = finish(start(*options, experiment="compress", driver=driver))
     assert code == 0, errors
-    assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoints",
-        "metrics.jsonl",
-        "report.json",
-        "spectra.png",
-        "training.png",
-    ]
+    return folder
+
+
+def test_two_processes_truncate_alike_and_one_of_them_writes(two):
+    """And they learn what one would from the same batches; neither saw the checkpoint that the run replaced."""
+    out, alone = two / "run", two / "alone"
+    left = ["checkpoints", "metrics.jsonl", "report.json", "spectra.png", "training.png"]
+    assert sorted(p.name for p in out.iterdir()) == left
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"{TASKS[0]}.safetensors"]
     assert json.loads((out / "report.json").read_text())["config"]["world"] == 2
     assert lines_of(out) == STEPS, "one process writes metrics"
-    one, two = progress_of(alone, TASKS[0]), progress_of(out, TASKS[0])
-    assert two.states == one.states and two.states[0] < STATES
+    assert progress_of(out, TASKS[0]).states == progress_of(alone, TASKS[0]).states < [STATES]
     saved = checkpoint.weights(path_of(out, TASKS[0]))
     for rank in range(2):
-        ended = torch.load(tmp_path / f"rank{rank}.pt")
+        ended = torch.load(two / f"rank{rank}.pt")
         assert ended.keys() == saved.keys() and all(torch.equal(ended[name], saved[name]) for name in saved)
     losses = [[r["loss"] for r in metrics.read(x / "metrics.jsonl")[TASKS[0]]] for x in (alone, out)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_two_processes_resume_to_the_same_bits(two):
+    assert_same_bits(final_state(two / "killed"), final_state(two / "run"))
 
 
 def test_processes_that_end_with_different_parameters_are_told(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from kdtrainer import checkpoint, metrics
-from kdtrainer.compress import plots, report, sequences
+from kdtrainer.compress import report, sequences
 from kdtrainer.compress.config import COMPRESSED, POSTHOC, PRUNED, SMALL, UNCOMPRESSED, Config
 from kdtrainer.compress.ranks import Ranks
 from kdtrainer.compress.reductions import after_training, keeping, truncating
@@ -127,6 +127,8 @@ def one_seed(
 
 def conclude(config: Config, options: Options, results: Sequence[Sequence[report.Row]]) -> None:
     """Table, report.json and plots."""
+    from kdtrainer.compress import plots  # not above: one process draws, at the end, and needs a while to load it
+
     report.write(options.out / "report.json", config, options.seeds, results)
     first = {row.name: row for row in results[0]}
     spectra = checkpoint.extra(path_of(options, config, COMPRESSED))

@@ -131,7 +131,7 @@ def checked(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test:
             raise RunError(f"y_{key[2:]} of {name} must hold whole numbers from 0 on")
 
     def sequences(array: np.ndarray) -> Tensor:
-        flat = torch.from_numpy(np.ascontiguousarray(array)).to(torch.float32)
+        flat = torch.from_numpy(np.array(array, np.float32, order="C"))  # a copy: not all byte orders are torch's
         return flat.flatten(1, 2) if array.ndim == 4 else flat.flatten(1).unsqueeze(-1)
 
     def labels_of(array: np.ndarray) -> Tensor:
