@@ -100,6 +100,8 @@ def test_inputs_that_are_all_the_same_are_no_numbers_without_end(tmp_path):
         ({"y_test": np.zeros((4, 2))}, "y_test of .* has 8 labels for 4 inputs"),
         ({"y_train": np.arange(6) / 2}, "y_train of .* must hold whole numbers from 0 on"),
         ({"y_test": np.array([0, 1, -1, 1])}, "y_test of .* must hold whole numbers from 0 on"),
+        ({"y_train": np.array([0, 1, 10**9, 1, 2, 0])}, "y_train of .* has the label 1000000000, but must have less"),
+        ({"x_train": np.full((6, 5), 1e300)}, "x_train of .* holds numbers that are not finite"),
     ],
 )
 def test_a_wrong_data_file_is_told_what_is_wrong(tmp_path, capsys, changes, message):

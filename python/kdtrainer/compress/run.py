@@ -36,10 +36,17 @@ def run(config: Config, options: Options) -> None:
         config = dataclasses.replace(config, world=ranks.world)
         check(config, options)
         data = sequences.load(config.data, config.length)
-        log = None
+        if min(config.batch, len(data.train)) % ranks.world:
+            raise RunError(f"{config.data} has {len(data.train)} sequences, which {ranks.world} processes cannot share")
+        log, why = None, ""
         if ranks.leads:
-            log = metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options))
-        ranks.gather("prepared")  # none looks for a checkpoint before the old ones are gone
+            try:
+                log = metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options))
+            except (RunError, OSError) as error:
+                why = str(error)
+        why = ranks.gather(why)[0]  # and none looks for a checkpoint before the old ones are gone
+        if why:
+            raise RunError(why)
         try:
             with progress_bar(ranks.leads) as bar:
                 results = [

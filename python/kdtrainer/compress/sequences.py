@@ -21,6 +21,7 @@ DIGITS, FASHION_MNIST = "digits", "fashion-mnist"
 PACKAGE = "dataset-fashion-mnist"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 IDX_UINT8 = 0x08
+MOST_CLASSES = 100_000  # a label above is no class: it would make a head of as many rows
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ def checked(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test:
             raise RunError(f"{key} of {name} holds {array.dtype}, but must hold numbers")
         if not array.size:
             raise RunError(f"{key} of {name} is empty")
-        if not np.isfinite(array).all():
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32)).all()
+        if not finite:
             raise RunError(f"{key} of {name} holds numbers that are not finite")
     for key, array, labels in (("x_train", x, y), ("x_test", x_test, y_test)):
         if array.ndim not in (2, 3, 4):
@@ -129,6 +132,10 @@ def checked(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test:
             raise RunError(f"y_{key[2:]} of {name} has {labels.size} labels for {len(array)} inputs")
         if labels.min() < 0 or (labels != labels.astype(np.int64)).any():
             raise RunError(f"y_{key[2:]} of {name} must hold whole numbers from 0 on")
+        if labels.max() >= MOST_CLASSES:
+            raise RunError(
+                f"y_{key[2:]} of {name} has the label {labels.max()}, but must have less than {MOST_CLASSES}"
+            )
 
     def sequences(array: np.ndarray) -> Tensor:
         flat = torch.from_numpy(np.array(array, np.float32, order="C"))  # a copy: not all byte orders are torch's
