@@ -163,7 +163,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(uninterrupted, no_plots,
     target = path_of(tmp_path, TASKS[0])
     where, name, number, act, after = {
         "before the first truncation": (kd.nn, "truncate", 1, kill, False),
-        "in the first truncation": (truncation, "balanced_truncation", 1, kill, True),
+        "in the first truncation": (truncation, "reduce_all", 1, kill, True),
         "after the first truncation": (kd.nn, "truncate", 1, kill, True),
         "after the second truncation": (kd.nn, "truncate", 2, kill, True),
         "in the pruning": (kd.nn, "keep_states", 2, kill, True),

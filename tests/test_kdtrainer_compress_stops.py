@@ -123,14 +123,17 @@ def test_a_full_disk_stops_and_leaves_the_earlier_checkpoint(uninterrupted, tmp_
     assert_same_bits(final_state(tmp_path), final_state(uninterrupted))
 
 
-@pytest.mark.parametrize("how", ["cut", "one byte", "not one"])
+@pytest.mark.parametrize("how", ["cut", "one byte", "one digit", "not one"])
 def test_a_corrupt_checkpoint_is_named_and_nothing_is_lost(uninterrupted, tmp_path, capsys, how):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     path = path_of(out, TASKS[1])
     content = bytearray(path.read_bytes())
+    place = content.index(b'accuracy\\": 0.') + len(b'accuracy\\": 0.')  # in the header, which stays valid JSON
+    digit = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
     content[-100] ^= 1
-    path.write_bytes({"cut": content[:-200], "one byte": content, "not one": b"[1, 2, 3]" * 9}[how])
+    damaged = {"cut": content[:-200], "one byte": content, "one digit": digit, "not one": b"[1, 2, 3]" * 9}
+    path.write_bytes(damaged[how])
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert compress(*SHORT, "--out", out, "--resume") == cli.REFUSED
     assert f"{path} is no checkpoint of kdtrainer, or was damaged" in capsys.readouterr().err

@@ -69,8 +69,8 @@ def save(
     metadata = {
         "config": json.dumps(config.as_json()),
         "progress": json.dumps(progress.__dict__),
-        "digest": _digest(tensors),
     }
+    metadata["digest"] = _digest(tensors, metadata)
     write_atomically(path, bytes_of(tensors, metadata))
 
 
@@ -126,18 +126,19 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name; not one bit of them other than it was saved."""
+    """All tensors of a checkpoint, by name; not one bit of them, nor of the header, other than it was saved."""
     try:
         tensors = tensors_from(path.read_bytes())
     except SafetensorError as error:
         raise _damaged(path) from error
-    if _metadata(path).get("digest") != _digest(tensors):
+    metadata = _metadata(path)
+    if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise _damaged(path)
     return tensors
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].numpy().tobytes())

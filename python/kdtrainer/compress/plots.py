@@ -57,7 +57,7 @@ def over_time(results: Sequence[Sequence[Row]], path: Path) -> None:
                 below.plot(row.seconds, np.mean(row.states), marker="D", markersize=6, **style)
                 continue
             above.plot(seconds, [100 * e["accuracy"] for e in row.evaluations], **style)
-            below.plot([0, *seconds], start_and(row), drawstyle="steps-post", **style)
+            below.plot(*sizes(row), drawstyle="steps-post", **style)
     above.set(ylabel="test accuracy, %")
     below.set(ylabel="states of a layer", xlabel="seconds of training, reductions included", ylim=(0, None))
     for axis in (above, below):
@@ -67,7 +67,9 @@ def over_time(results: Sequence[Sequence[Row]], path: Path) -> None:
     save(figure, path)
 
 
-def start_and(row: Row) -> list[float]:
-    """The states at the start and at every evaluation."""
+def sizes(row: Row) -> tuple[list[float], list[float]]:
+    """Seconds, and the states from then on."""
     first = row.reductions[0]["before"] if row.reductions else row.states
-    return [float(np.mean(first)), *(e["states"] for e in row.evaluations)]
+    changes = [(event["clock"], float(np.mean(event["states"]))) for event in row.reductions]
+    points = [(0.0, float(np.mean(first))), *changes, (row.seconds, float(np.mean(row.states)))]
+    return [seconds for seconds, _ in points], [states for _, states in points]

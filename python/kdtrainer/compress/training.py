@@ -195,6 +195,7 @@ class Training:
             for i, layer in enumerate(found.layers):
                 self.spectra[f"{step}.{i}"] = layer.singular_values.cpu()
         event["seconds"] = time.perf_counter() - start
+        event["clock"] = self.progress.seconds + event["seconds"]  # of training, but for the step that it follows
         self.update(states=self.model.states, reductions=[*self.progress.reductions, event])
         return event["seconds"]
 
