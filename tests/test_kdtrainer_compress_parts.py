@@ -199,6 +199,7 @@ def test_fashion_mnist_is_found_by_dpkg(package):
         idx(np.zeros((6, 28, 28), np.float32), kind=0x0D),
         b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 40,
     ],
+    ids=range(9),  # the contents hold the time, and the names of tests must not
 )
 def test_a_bad_idx_file_is_named(package, content):
     (package.folder / "t10k-images-idx3-ubyte.gz").write_bytes(content)
