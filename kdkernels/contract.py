@@ -145,6 +145,11 @@ def resolved(x: Tensor) -> Tensor:
     return x.resolve_conj().resolve_neg() if x.is_complex() else x.resolve_neg()
 
 
+def readable(x: Any) -> Any:
+    """A tensor as it lies in memory, and contiguous; None stays None."""
+    return None if x is None else resolved(x).contiguous()
+
+
 def autocast_dtype(x: Any) -> torch.dtype | None:
     """What autocast would have `torch.nn.functional.linear` make of x on its device, if it is enabled there."""
     if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):

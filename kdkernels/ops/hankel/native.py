@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _native
-from kdkernels.contract import resolved
+from kdkernels.contract import readable
 from kdkernels.ops.hankel.kernel import horizon_factor, negligible, projectors, wide
 from kdkernels.ops.svd import native
 from kdkernels.ops.svd.native import adjoint
@@ -69,7 +69,7 @@ def run(Lambda: Tensor, B: Tensor, C: Tensor, **rooms: Tensor) -> None:
     N, n, _ = B.shape
     if not N or not n:
         return
-    operands = [resolved(x).contiguous() for x in (Lambda, B, C)]  # alive until the call is over
+    operands = [readable(x) for x in (Lambda, B, C)]  # alive until the call is over
     arguments = (*operands, *(rooms.get(name) for name in ROOMS))
     if B.is_cuda:
         _native.launch("cuda_hankel", B.device, *arguments)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _native
-from kdkernels.contract import resolved
+from kdkernels.contract import readable
 
 
 def forward(
@@ -19,7 +19,7 @@ def forward(
     input = readable(input)
     states = input if in_place else torch.empty_like(input)
     _native.module().linear_recurrence(
-        readable(Lambda), input, _maybe(initial_state), states, reverse, torch.get_num_threads()
+        readable(Lambda), input, readable(initial_state), states, reverse, torch.get_num_threads()
     )
     return states
 
@@ -36,23 +36,10 @@ def backward(
     """The gradients of Λ, the input and the initial state that are needed; the input's in new memory or in `grad`."""
     grad, Lambda, states = map(readable, (grad, Lambda, states))
     N, _, n = states.shape
-    shapes = (Lambda.shape, states.shape, (N, n))
     g = grad if in_place else torch.empty_like(grad)
-    rooms = (None, g, None)
-    found = [
-        (states.new_empty(shape) if room is None else room) if need else None
-        for shape, room, need in zip(shapes, rooms, needs, strict=True)
-    ]
+    d_Lambda = torch.empty_like(Lambda) if needs[0] else None
+    d_initial = states.new_empty(N, n) if needs[2] else None
     _native.module().linear_recurrence_backward(
-        grad, Lambda, states, _maybe(initial_state), g, found[0], found[2], reverse, torch.get_num_threads()
+        grad, Lambda, states, readable(initial_state), g, d_Lambda, d_initial, reverse, torch.get_num_threads()
     )
-    return found
-
-
-def readable(x: Tensor) -> Tensor:
-    """As kernels read it."""
-    return resolved(x).contiguous()
-
-
-def _maybe(x: Tensor | None) -> Tensor | None:
-    return None if x is None else readable(x)
+    return [d_Lambda, g if needs[1] else None, d_initial]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.contract import resolved
+from kdkernels.contract import readable
 from kdkernels.launch import cdiv, on_its_device
 from kdkernels.ops.linear_recurrence import kernels
 
@@ -63,7 +63,7 @@ def forward(
     Lambda: Tensor, input: Tensor, initial_state: Tensor | None, reverse: bool, in_place: bool = False
 ) -> Tensor:
     """h (N, T, n), in new memory or where the input lies."""
-    Lambda, input, start = readable(Lambda), readable(input), _maybe(initial_state)
+    Lambda, input, start = readable(Lambda), readable(input), readable(initial_state)
     states = input if in_place else torch.empty_like(input)
     if input.numel():
         with on_its_device(input):
@@ -85,7 +85,7 @@ def backward(
     in_place: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of Λ, the input and the initial state that are needed; the input's in new memory or in `grad`."""
-    grad, Lambda, states, start = readable(grad), readable(Lambda), readable(states), _maybe(initial_state)
+    grad, Lambda, states, start = readable(grad), readable(Lambda), readable(states), readable(initial_state)
     N, _, n = states.shape
     rooms = (Lambda.shape, None if in_place else states.shape, (N, n))
     d_Lambda, g, d_initial = found = [
@@ -145,15 +145,6 @@ def _sum(x: Any, out: Any, rows: int) -> None:
         x, rows = to, groups
 
 
-def readable(x: Tensor) -> Tensor:
-    """As kernels read it."""
-    return resolved(x).contiguous()
-
-
 def parts(x: Tensor | None) -> Any:
     """Real numbers, two for a complex one."""
     return torch.view_as_real(x) if x is not None and x.is_complex() else x
-
-
-def _maybe(x: Tensor | None) -> Tensor | None:
-    return None if x is None else readable(x)

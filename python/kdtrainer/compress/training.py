@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,12 @@ def batch_of(count: int, config: Config, step: int) -> Tensor:
     size = min(config.batch, count)
     per_epoch = count // size
     epoch, place = divmod(step - 1, per_epoch)
-    generator = torch.Generator().manual_seed(config.seed_of(f"epoch/{epoch}"))
-    return torch.randperm(count, generator=generator)[place * size : (place + 1) * size]
+    return order_of(count, config.seed_of(f"epoch/{epoch}"))[place * size : (place + 1) * size]
+
+
+@lru_cache(1)  # every step of an epoch asks
+def order_of(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def regularizer(model: LRUClassifier, kind: str) -> Tensor:
