@@ -158,6 +158,14 @@ def test_never_more_states_in_memory_than_a_block(block, monkeypatch):
     assert max(seen) <= block and len(seen) == 3 * (3 if block == BLOCKS[1] else 14)
 
 
+@pytest.mark.parametrize("block", (4 << 20, 16 * 72 * 4), indirect=True)
+@pytest.mark.parametrize("states", (64, 65, 71))
+def test_many_states_whose_rows_do_not_fill_lines(states, block):
+    lru, u = layer(states=states), normal(2, 9, H).requires_grad_()
+    for start in (None, normal(2, states, dtype=torch.complex128).requires_grad_()):
+        check_close(ours(lru, u, start), loop(lru, u, start))
+
+
 @native_only
 def test_a_sequence_that_is_not_finite_stays_alone():
     lru, u = layer(), normal(3, 6, H)
@@ -273,13 +281,23 @@ def test_a_block_and_a_classifier_are_what_they_say():
     h = F.linear(x, model.encoder.weight, model.encoder.bias)
     for block in model.blocks:
         mixed, _ = naive(block.lru, F.layer_norm(h, (H,), block.norm.weight, block.norm.bias))
-        a, b = F.linear(F.gelu(mixed), block.gate.weight, block.gate.bias).chunk(2, -1)
+        a, b = (F.linear(F.gelu(mixed), part.weight, part.bias) for part in (block.value, block.gate))
         torch.testing.assert_close(block(h), h + a * torch.sigmoid(b))
         h = h + a * torch.sigmoid(b)
     torch.testing.assert_close(model(x), F.linear(h.mean(1), model.head.weight, model.head.bias))
     assert torch.equal(model(x[0]), model(x)[0]) or torch.allclose(model(x[0]), model(x)[0], rtol=1e-12)
     model.train()
     assert not torch.equal(model(x), model(x))  # dropout
+
+
+def test_dropout_takes_a_feature_from_all_steps_of_a_sequence():
+    torch.manual_seed(0)
+    block, x = LRUBlock(32, 3, dropout=0.5), normal(4, 7, 32, dtype=torch.float32)
+    unchanged = block(x) == x  # 1 in 2, and differs from sequence to sequence
+    assert torch.equal(unchanged, unchanged[:, :1].expand_as(unchanged))
+    assert 0.3 < unchanged.float().mean() < 0.7 and not torch.equal(unchanged[0], unchanged[1])
+    alone = block(x[0]) == x[0]
+    assert torch.equal(alone, alone[:1].expand_as(alone)) and alone.any()
 
 
 def test_states_of_one_number_or_many():

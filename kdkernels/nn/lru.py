@@ -151,9 +151,10 @@ class LRU(nn.Module):
 
 
 class LRUBlock(nn.Module):
-    """x + dropout(GLU(dropout(GELU(LRU(norm(x)))))), (..., T, H) -> (..., T, H).
+    """x + dropout(V z ⊙ sigmoid(G z)) with z = dropout(GELU(LRU(norm(x)))), (..., T, H) -> (..., T, H).
 
-    The arguments are those of `LRU`, and the dropout's probability.
+    A feature is dropped in all steps of a sequence at once, as in the published code. The arguments are those of `LRU`,
+    and the dropout's probability.
     """
 
     def __init__(self, features: int, states: int, *, dropout: float = 0.0, **options: Any) -> None:
@@ -161,13 +162,19 @@ class LRUBlock(nn.Module):
         factory = {name: options[name] for name in ("device", "dtype") if name in options}
         self.norm = nn.LayerNorm(features, **factory)
         self.lru = LRU(features, states, **options)
-        self.gate = nn.Linear(features, 2 * features, **factory)
+        self.value = nn.Linear(features, features, **factory)
+        self.gate = nn.Linear(features, features, **factory)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., T, H) -> (..., T, H)."""
-        mixed = self.dropout(F.gelu(self.lru(self.norm(input))))
-        return input + self.dropout(F.glu(self.gate(mixed), -1))
+        mixed = self._dropped(F.gelu(self.lru(self.norm(input))))
+        return input + self._dropped(self.value(mixed) * self.gate(mixed).sigmoid())
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if not (self.training and self.dropout.p):
+            return x
+        return x * self.dropout(x.new_ones(*x.shape[:-2], 1, x.shape[-1]))
 
 
 class LRUClassifier(nn.Module):
