@@ -91,6 +91,17 @@ def test_a_run_leaves_a_report_metrics_plots_and_a_table(everything):
             row["evaluations"][-1]["accuracy"] == row["accuracy"]
             and row["evaluations"][-1]["states"] == row["states"][0]
         )
+    for name, found in models.items():
+        for row in found:
+            steps = [e["step"] for e in row["reductions"]] if name == "compressed" else []
+            assert set(row["spectra"]) == {f"{step}.0" for step in (*steps, STEPS)}
+            assert len(row["spectra"][f"{STEPS}.0"]) == row["states"][0]
+            since = row["reductions"][-1] if row["reductions"] else {"clock": 0.0, "step": 1}
+            rest = row["last_step"] * (STEPS + 1 - since["step"])
+            trained = row["seconds"] - (row["reducing"] if name == "posthoc" else 0.0)
+            assert since["clock"] + rest == pytest.approx(trained)
+    for row in models["posthoc"]:
+        assert 0 < row["reducing"] < row["seconds"]
     for name in ("spectra.png", "training.png"):
         content = (out / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
@@ -104,7 +115,7 @@ def test_a_run_leaves_a_report_metrics_plots_and_a_table(everything):
     assert "mean ± standard deviation over 2 seeds" in printed
     rows = {line.split()[0]: line for line in printed.splitlines() if line.split() and line.split()[0] in models}
     assert set(rows) == set(models)
-    assert rows["compressed"].count("±") == 4 and rows["uncompressed"].count("±") == 3
+    assert rows["compressed"].count("±") == 5 and rows["uncompressed"].count("±") == 4
     mean = sum(r["states"][0] for r in models["compressed"]) / 2
     assert f"{mean:.1f} ± " in rows["compressed"]
     assert "Reductions that took states away, of 4: " in printed and "States at the end: seed 0: " in printed

@@ -415,7 +415,7 @@ def test_a_regularizer_makes_less_of_what_it_weighs(tmp_path, capsys):
     quietly(*options, "--out", tmp_path / "none")
     for kind in ("nuclear", "energy"):
         printed = quietly(*options, "--hsv-regularizer", kind, "--hsv-weight", "1", "--out", tmp_path / kind)
-        assert f"The {kind} regulariser's value took " in printed
+        assert f"The {kind} regulariser and its gradient took " in printed
         progress = progress_of(tmp_path / kind, "seed0-compressed")
         assert 0 < progress.regularizing < progress.seconds and progress.states == [10]
     given, ends = sequences.load("digits", 16), {}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from torch import Tensor
 
 from kdtrainer.compress.config import COMPRESSED
 from kdtrainer.compress.report import Row, by_name
@@ -22,20 +21,23 @@ COLOURS = {
 }
 
 
-def spectra(found: dict[str, Tensor], row: Row, path: Path) -> None:
-    """The Hankel singular values of each layer at each reduction; what was kept is drawn full."""
+def spectra(row: Row, path: Path) -> None:
+    """The Hankel singular values of each layer at each reduction, what was kept drawn full; and after the last step."""
     layers = len(row.states)
     figure, axes = plt.subplots(1, layers, figsize=(max(4.8 * layers, 6), 4), layout="constrained", squeeze=False)
     events = row.reductions
     shades = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, max(len(events), 1)))
     for layer, axis in enumerate(axes[0]):
         for event, colour in zip(events, shades, strict=False):
-            values = found[f"{event['step']}.{layer}"].numpy()
+            values = np.array(row.spectra[f"{event['step']}.{layer}"])
             kept = event["states"][layer]
             places = np.arange(1, len(values) + 1)
             label = f"step {event['step']}: {event['before'][layer]} → {kept}"
             axis.plot(places[:kept], values[:kept], color=colour, linewidth=1.8, label=label)
             axis.plot(places[kept - 1 :], values[kept - 1 :], color=colour, linewidth=1, linestyle=":")
+        step = int(row.evaluations[-1]["step"])
+        end = row.spectra[f"{step}.{layer}"]
+        axis.plot(range(1, len(end) + 1), end, color=COLOURS[COMPRESSED], linewidth=1.8, label=f"step {step}, the last")
         axis.set(yscale="log", xlabel="state, in balanced order", title=f"Layer {layer}" if layers > 1 else "")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
-import kdkernels
+import kdkernels as kd
+from kdkernels.nn import LRUClassifier
 from kdtrainer.checkpoint import write_atomically
 from kdtrainer.compress.config import COMPRESSED, UNCOMPRESSED, Config
-from kdtrainer.compress.training import Trained
+from kdtrainer.compress.training import Trained, layers_of
 from kdtrainer.report import console
 
 MEANINGS = {
@@ -39,18 +41,37 @@ class Row:
     accuracy: float  # on the test set
     seconds: float  # of training, reductions included, evaluation and checkpoints not
     reducing: float  # of these, spent on states
-    regularizing: float  # and on the regulariser's value
+    regularizing: float  # and on the regulariser and its gradient
+    last_step: float  # seconds of a step, on average from the last reduction on
     reductions: list[dict[str, Any]]
     evaluations: list[dict[str, float]]
+    spectra: dict[str, list[float]]  # Hankel singular values: "<step>.<layer>", after the last step too
 
 
 def row(name: str, config: Config, trained: Trained) -> Row:
-    p = trained.progress
-    count = sum(x.numel() for x in trained.model.parameters())
-    accuracy, states = trained.accuracy, trained.model.states
+    p, model = trained.progress, trained.model
+    last = p.reductions[-1] if p.reductions else {"clock": 0.0, "step": 1}
     return Row(
-        name, config.seed, states, count, accuracy, p.seconds, p.reducing, p.regularizing, p.reductions, p.evaluations
+        name,
+        config.seed,
+        model.states,
+        sum(x.numel() for x in model.parameters()),
+        trained.accuracy,
+        p.seconds,
+        p.reducing,
+        p.regularizing,
+        (p.seconds - last["clock"]) / (p.step - last["step"] + 1),
+        p.reductions,
+        p.evaluations,
+        {name: x.tolist() for name, x in (trained.spectra | spectra_of(model, p.step)).items()},
     )
+
+
+@torch.no_grad()
+def spectra_of(model: LRUClassifier, step: int) -> dict[str, Tensor]:
+    systems = zip(*(layer.system() for layer in layers_of(model)), strict=True)
+    Lambda, B, C = ([x.to(torch.complex128) for x in part] for part in systems)
+    return {f"{step}.{k}": x.cpu() for k, x in enumerate(kd.hankel_singular_values(Lambda, B, C))}
 
 
 def by_name(results: Sequence[Sequence[Row]]) -> dict[str, list[Row]]:
@@ -86,13 +107,14 @@ def show(config: Config, results: Sequence[Sequence[Row]], out: Path) -> None:
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for name in ("model", "how"):
         table.add_column(name)
-    for name in ("states", "parameters", "test accuracy, %", "training, s", "× faster"):
+    for name in ("states", "parameters", "test accuracy, %", "training, s", "× faster", "a step at the end, ms"):
         table.add_column(name, justify="right")
     for name, rows in models.items():
         faster = spread(speed_up(rows, models[UNCOMPRESSED]), 2) if UNCOMPRESSED in models else ""
         cells = [name, MEANINGS[name], spread([mean_states(r) for r in rows], 1)]
         cells += [f"{statistics.fmean(r.parameters for r in rows):,.0f}", spread([r.accuracy for r in rows], 1, 100)]
         cells += [spread([r.seconds for r in rows], 1), faster if name != UNCOMPRESSED else ""]
+        cells.append(spread([r.last_step for r in rows], 0, 1e3))
         table.add_row(*cells, style="bold" if name == COMPRESSED else "")
     terminal = console()
     terminal.print(table)
@@ -115,7 +137,7 @@ def remarks(config: Config, rows: Sequence[Row]) -> list[str]:
     ]
     if config.hsv_regularizer:
         share = statistics.fmean(r.regularizing / r.seconds for r in rows)
-        lines.append(f"The {config.hsv_regularizer} regulariser's value took {share:.1%} of it, without its gradient.")
+        lines.append(f"The {config.hsv_regularizer} regulariser and its gradient took {share:.1%} of it.")
     return lines
 
 
@@ -127,5 +149,5 @@ def write(path: Path, config: Config, seeds: int, results: Sequence[Sequence[Row
     if UNCOMPRESSED in models:
         base = models[UNCOMPRESSED]
         content["times_faster"] = {name: speed_up(rows, base) for name, rows in models.items() if name != UNCOMPRESSED}
-    content["versions"] = {"kdkernels": kdkernels.__version__, "torch": torch.__version__}
+    content["versions"] = {"kdkernels": kd.__version__, "torch": torch.__version__}
     write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")

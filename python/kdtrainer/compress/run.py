@@ -1,6 +1,7 @@
 """The experiment: for each seed a model that shrinks while it learns, and what it is compared with."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,9 +127,12 @@ def one_seed(
         elif name in PRUNED:
             train(Task(name, full, keeping(name, config, sizes)))
         else:
+            start = time.perf_counter()
             model = after_training(uncompressed, final)
+            taken = time.perf_counter() - start
             row = report.row(name, config, dataclasses.replace(uncompressed, model=model))
-            rows.append(dataclasses.replace(row, accuracy=accuracy_of(model, data, config)))
+            accuracy, seconds = accuracy_of(model, data, config), row.seconds + taken
+            rows.append(dataclasses.replace(row, accuracy=accuracy, seconds=seconds, reducing=taken))
     return rows
 
 
@@ -138,7 +142,6 @@ def conclude(config: Config, options: Options, results: Sequence[Sequence[report
 
     report.write(options.out / "report.json", config, options.seeds, results)
     first = {row.name: row for row in results[0]}
-    spectra = checkpoint.extra(path_of(options, config, COMPRESSED))
-    plots.spectra(spectra, first[COMPRESSED], options.out / "spectra.png")
+    plots.spectra(first[COMPRESSED], options.out / "spectra.png")
     plots.over_time(results, options.out / "training.png")
     report.show(config, results, options.out)

@@ -33,7 +33,7 @@ class Progress:
     metrics_bytes: int
     seconds: float
     reducing: float  # seconds spent on states: deciding which go, and making the model smaller
-    regularizing: float  # seconds that the regulariser's value took, without its gradient
+    regularizing: float  # seconds that the regulariser and its gradient took
     states: list[int]  # of each layer, now
     reductions: list[dict[str, Any]]  # each that took place or was looked at: step, states, error bounds, conditions
     evaluations: list[dict[str, float]]  # step, seconds, accuracy, states
@@ -151,7 +151,7 @@ class Training:
         return Trained(self.task.name, self.model, self.progress, self.spectra)
 
     def learn(self, step: int) -> tuple[float, float]:
-        """One step of the optimiser. The loss, and the seconds that the regulariser's value took."""
+        """One step of the optimiser. The loss, and the seconds that the regulariser took."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * group["factor"] * config.rate(step)
@@ -159,21 +159,29 @@ class Training:
         torch.manual_seed(config.seed_of(f"dropout/{step}/{self.ranks.rank}"))  # nothing to remember between steps
         self.wrapped.train()
         inputs, labels = self.data.train[batch].to(config.device), self.data.train_labels[batch].to(config.device)
-        loss, regularizing = F.cross_entropy(self.wrapped(inputs), labels), 0.0
+        loss = F.cross_entropy(self.wrapped(inputs), labels)
         value = self.ranks_mean(loss)
         if not math.isfinite(value):
             raise self.diverged(step, f"the loss is {value}")
-        if config.hsv_regularizer:
-            start = time.perf_counter()
-            try:
-                loss = loss + config.hsv_weight * regularizer(self.model, config.hsv_regularizer)
-            except ValueError as error:  # an eigenvalue has reached the unit circle
-                raise self.diverged(step, f"there is no regulariser's value: {error}") from error
-            regularizing = time.perf_counter() - start
         self.optimizer.zero_grad()
         loss.backward()
+        regularizing = self.regularize(step) if config.hsv_regularizer else 0.0
         self.optimizer.step()
         return value, regularizing
+
+    def regularize(self, step: int) -> float:
+        """Add the regulariser's gradients, which are the same on every rank. The seconds that it took."""
+        assert self.config.hsv_regularizer is not None
+        start = time.perf_counter()
+        parameters = [p for layer in layers_of(self.model) for name, p in layer.named_parameters() if name != "D"]
+        try:
+            value = self.config.hsv_weight * regularizer(self.model, self.config.hsv_regularizer)
+        except ValueError as error:  # an eigenvalue has reached the unit circle
+            raise self.diverged(step, f"there is no regulariser's value: {error}") from error
+        for p, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
+            assert p.grad is not None
+            p.grad += gradient
+        return time.perf_counter() - start
 
     def ranks_mean(self, loss: Tensor) -> float:
         return sum(self.ranks.gather(loss.item())) / self.ranks.world
