@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -24,7 +25,7 @@ from compressing import (
     quietly,
     run_short,
 )
-from trainer import assert_same_bits, final_state, finish, lines_of, one_thread, start  # noqa: F401
+from trainer import assert_same_bits, final_state, finish, lines_of, one_thread, run_here, start  # noqa: F401
 
 import kdkernels as kd
 from kdkernels.nn import truncation
@@ -119,6 +120,38 @@ def test_a_run_leaves_a_report_metrics_plots_and_a_table(everything):
     mean = sum(r["states"][0] for r in models["compressed"]) / 2
     assert f"{mean:.1f} ± " in rows["compressed"]
     assert "Reductions that took states away, of 4: " in printed and "States at the end: seed 0: " in printed
+
+
+def test_the_report_is_made_again_from_its_json(everything, tmp_path, capsys, monkeypatch):
+    out, printed = everything
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(out / "report.json", again)
+    assert run_here(again, experiment="report") == cli.DONE
+    assert capsys.readouterr().out == printed.replace(str(out), str(again))
+    for name in ("report.md", "spectra.png", "training.png"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+    told = (again / "report.md").read_text()
+    for line in printed.splitlines()[2:]:
+        words = line.split()
+        if words and words[0] in BASELINES:
+            assert f"\n| {words[0]} | " in told
+    assert "| **compressed** | **" in told and "![training](training.png)" in told
+    assert '"tolerance": 0.2' in told and f"torch {torch.__version__}" in told
+
+
+def test_a_report_that_cannot_be_made_says_why(tmp_path, capsys):
+    def refused(content=None):
+        if content is not None:
+            (tmp_path / "report.json").write_text(content)
+        assert run_here(tmp_path, experiment="report") == cli.REFUSED
+        return capsys.readouterr().err
+
+    assert "holds no finished run" in refused()
+    assert "is damaged" in refused('{"recipe": "comp')
+    assert "does not say which recipe" in refused("[]")
+    assert "is of 'other', but must be of compress" in refused('{"recipe": "other"}')
+    assert "is damaged" in refused('{"recipe": "compress", "models": {}, "config": {"nonsense": 1}}')
 
 
 def test_seeds_are_runs_of_their_own(everything, tmp_path):

@@ -266,7 +266,7 @@ def two(tmp_path_factory):
 def test_two_processes_truncate_alike_and_one_of_them_writes(two):
     """And they learn what one would from the same batches; neither saw the checkpoint that the run replaced."""
     out, alone = two / "run", two / "alone"
-    left = ["checkpoints", "metrics.jsonl", "report.json", "spectra.png", "training.png"]
+    left = ["checkpoints", "metrics.jsonl", "report.json", "report.md", "spectra.png", "training.png"]
     assert sorted(p.name for p in out.iterdir()) == left
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"{TASKS[0]}.safetensors"]
     assert json.loads((out / "report.json").read_text())["config"]["world"] == 2

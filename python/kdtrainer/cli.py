@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ NEEDED = {  # the extra that has them, and module: package
     "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "compress": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
+    "report": ("trainer", BOTH_NEED),
 }
+PUBLISHERS = {"compress": "kdtrainer.compress.report"}  # the module of each recipe whose `publish` tells its report
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 DONE, OVER_BUDGET, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -79,6 +82,21 @@ def shrinking(chosen: argparse.Namespace) -> int:
     return resumable(run, chosen.out)
 
 
+def tell_again(chosen: argparse.Namespace) -> int:
+    try:
+        from kdtrainer import page  # not above: it needs the packages looked for before
+
+        recipe = page.read_json(chosen.directory)["recipe"]
+        if recipe not in PUBLISHERS:
+            raise RunError(f"{chosen.directory / page.REPORT} is of {recipe!r}, but must be of {', '.join(PUBLISHERS)}")
+        import_module(PUBLISHERS[recipe]).publish(chosen.directory)
+        return DONE
+    except (RunError, OSError) as error:
+        return complain(str(error), REFUSED)
+    except KeyboardInterrupt:
+        return complain("interrupted", INTERRUPTED)
+
+
 def resumable(run: Callable[[], bool], out: Path) -> int:
     """The exit code of a run with checkpoints."""
     try:
@@ -98,6 +116,7 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "digits": digits,
     "compress": shrinking,
     "whisper-step": whisper_step,
+    "report": tell_again,
 }
 
 
@@ -112,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     add_digits(experiments)
     add_compress(experiments)
     add_whisper_step(experiments)
+    add_report(experiments)
     return top
 
 
@@ -169,6 +189,15 @@ def add_whisper_step(experiments: Any) -> None:
     add("--dimension", type=number(int, 1), default=d.dimension, metavar="D", help="of the shared space")
     add("--threads", type=number(int, 0), default=d.threads, help="of torch; 0: as many as it takes")
     add("--budget", type=number(float, 0.0), default=d.budget, help="relative deviation of the steps without dropout")
+
+
+def add_report(experiments: Any) -> None:
+    parser = experiments.add_parser(
+        "report",
+        help="the table, the pictures and report.md of a finished run, made again from its report.json",
+        description="Make the pictures and report.md of a finished run again, and print its table.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the run's --out")
 
 
 def teacher_names(text: str) -> tuple[str, ...]:

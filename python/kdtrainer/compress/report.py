@@ -1,24 +1,21 @@
-"""What `compress` tells: a table of all models over all seeds, and report.json."""
+"""What `compress` tells: a table of all models over all seeds, report.md, and report.json, which both are made of."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.nn import LRUClassifier
-from kdtrainer.checkpoint import write_atomically
 from kdtrainer.compress.config import COMPRESSED, UNCOMPRESSED, Config
 from kdtrainer.compress.training import Trained, layers_of
-from kdtrainer.report import console
+from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
 
+RECIPE, TITLE = "compress", "A state-space model that shrinks while it learns"
 MEANINGS = {
     COMPRESSED: "balanced truncation while it trains",
     UNCOMPRESSED: "all states, all the time",
@@ -100,28 +97,23 @@ def mean_states(row: Row) -> float:
     return statistics.fmean(row.states)
 
 
-def show(config: Config, results: Sequence[Sequence[Row]], out: Path) -> None:
+def page(config: Config, results: Sequence[Sequence[Row]]) -> Page:
+    """Table and remarks."""
     models = by_name(results)
     several = f", mean ± standard deviation over {len(results)} seeds" if len(results) > 1 else ""
     title = f"{config.data}: {config.blocks} × {config.states} states, {config.steps} steps{several}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for name in ("model", "how"):
-        table.add_column(name)
-    for name in ("states", "parameters", "test accuracy, %", "training, s", "× faster", "a step at the end, ms"):
-        table.add_column(name, justify="right")
+    columns = ("states", "parameters", "test accuracy, %", "training, s", "× faster", "a step at the end, ms")
+    cells = []
     for name, rows in models.items():
         faster = spread(speed_up(rows, models[UNCOMPRESSED]), 2) if UNCOMPRESSED in models else ""
-        cells = [name, MEANINGS[name], spread([mean_states(r) for r in rows], 1)]
-        cells += [f"{statistics.fmean(r.parameters for r in rows):,.0f}", spread([r.accuracy for r in rows], 1, 100)]
-        cells += [spread([r.seconds for r in rows], 1), faster if name != UNCOMPRESSED else ""]
-        cells.append(spread([r.last_step for r in rows], 0, 1e3))
-        table.add_row(*cells, style="bold" if name == COMPRESSED else "")
-    terminal = console()
-    terminal.print(table)
-    for line in remarks(config, models[COMPRESSED]):
-        terminal.print(line, highlight=False)
-    terminal.print(
-        f"report.json, metrics.jsonl, spectra.png, training.png and checkpoints are in {out}", highlight=False
+        cells.append([name, MEANINGS[name], spread([mean_states(r) for r in rows], 1)])
+        cells[-1] += [f"{statistics.fmean(r.parameters for r in rows):,.0f}"]
+        cells[-1] += [spread([r.accuracy for r in rows], 1, 100), spread([r.seconds for r in rows], 1)]
+        cells[-1] += [faster if name != UNCOMPRESSED else "", spread([r.last_step for r in rows], 0, 1e3)]
+    table = Table(title, ("model", "how", *columns), cells, words=2, bold=(COMPRESSED,))
+    pictures = ("spectra.png", "training.png")
+    return Page(
+        "A state-space model that shrinks while it learns", [table], remarks(config, models[COMPRESSED]), pictures
     )
 
 
@@ -141,13 +133,27 @@ def remarks(config: Config, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def write(path: Path, config: Config, seeds: int, results: Sequence[Sequence[Row]]) -> None:
-    """Everything the table says, as JSON, with the versions it was found with."""
+def write(out: Path, config: Config, seeds: int, results: Sequence[Sequence[Row]]) -> None:
+    """report.json: everything that the page says, and what it was found with."""
     models = by_name(results)
-    content: dict[str, Any] = {"config": config.as_json(), "seeds": seeds}
+    content: dict[str, Any] = {**origin(RECIPE), "config": config.as_json(), "seeds": seeds}
     content["models"] = {name: [dataclasses.asdict(r) for r in rows] for name, rows in models.items()}
     if UNCOMPRESSED in models:
         base = models[UNCOMPRESSED]
         content["times_faster"] = {name: speed_up(rows, base) for name, rows in models.items() if name != UNCOMPRESSED}
-    content["versions"] = {"kdkernels": kd.__version__, "torch": torch.__version__}
-    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
+    write_json(out, content)
+
+
+def publish(out: Path) -> None:
+    """Pictures, report.md and the table, from report.json."""
+    from kdtrainer.compress import plots  # not above: it needs a while to load
+
+    content = read_json(out)
+    with parsing(out):
+        models = {name: [Row(**row) for row in rows] for name, rows in content["models"].items()}
+        results = list(zip(*models.values(), strict=True))  # of each seed
+        first, told = models[COMPRESSED][0], page(Config(**content["config"]), results)
+    plots.spectra(first, out / "spectra.png")
+    plots.over_time(results, out / "training.png")
+    told.write(out / "report.md", content)
+    told.show(out)

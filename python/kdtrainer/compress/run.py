@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,7 +57,8 @@ def run(config: Config, options: Options) -> None:
             if log:
                 log.close()
         if ranks.leads:
-            conclude(config, options, results)
+            report.write(options.out, config, options.seeds, results)
+            report.publish(options.out)
     finally:
         ranks.close()
 
@@ -134,14 +134,3 @@ def one_seed(
             accuracy, seconds = accuracy_of(model, data, config), row.seconds + taken
             rows.append(dataclasses.replace(row, accuracy=accuracy, seconds=seconds, reducing=taken))
     return rows
-
-
-def conclude(config: Config, options: Options, results: Sequence[Sequence[report.Row]]) -> None:
-    """Table, report.json and plots."""
-    from kdtrainer.compress import plots  # not above: one process draws, at the end, and needs a while to load it
-
-    report.write(options.out / "report.json", config, options.seeds, results)
-    first = {row.name: row for row in results[0]}
-    plots.spectra(first[COMPRESSED], options.out / "spectra.png")
-    plots.over_time(results, options.out / "training.png")
-    report.show(config, results, options.out)
