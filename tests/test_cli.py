@@ -231,7 +231,7 @@ def test_variants_take_turns():
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = interleave(steps, lambda: calls.append("refresh"), "cpu", seconds=0, max_rounds=3)
-    assert calls == ["refresh", "a", "refresh", "b"] * 3
+    assert calls == ["refresh", "a", "refresh", "a", "refresh", "b", "refresh", "b"] * 3
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
     assert medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
 
