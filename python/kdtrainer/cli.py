@@ -12,11 +12,13 @@ from kdtrainer.compress.cli import add_compress, compress
 from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
 from kdtrainer.numbers import number
+from kdtrainer.subspace.cli import add_subspace, subspace
 
 BOTH_NEED = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
 NEEDED = {  # the extra that has them, and module: package
     "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "compress": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
+    "subspace": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
 }
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -71,12 +73,17 @@ def digits(chosen: argparse.Namespace) -> int:
     return resumable(lambda: experiment.run(config, options), chosen.out)
 
 
-def shrinking(chosen: argparse.Namespace) -> int:
-    def run() -> bool:
-        compress(chosen)
-        return True
+def with_checkpoints(start: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+    """An experiment that compares no two ways."""
 
-    return resumable(run, chosen.out)
+    def experiment(chosen: argparse.Namespace) -> int:
+        def run() -> bool:
+            start(chosen)
+            return True
+
+        return resumable(run, chosen.out)
+
+    return experiment
 
 
 def resumable(run: Callable[[], bool], out: Path) -> int:
@@ -96,7 +103,8 @@ def resumable(run: Callable[[], bool], out: Path) -> int:
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "digits": digits,
-    "compress": shrinking,
+    "compress": with_checkpoints(compress),
+    "subspace": with_checkpoints(subspace),
     "whisper-step": whisper_step,
 }
 
@@ -111,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     experiments = top.add_subparsers(dest="experiment", required=True)
     add_digits(experiments)
     add_compress(experiments)
+    add_subspace(experiments)
     add_whisper_step(experiments)
     return top
 
