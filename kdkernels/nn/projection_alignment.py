@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdkernels.backend import BACKENDS
 from kdkernels.contract import check_choice, check_count, check_tensor, is_whole, show
+from kdkernels.nn.frozen_projection import FrozenProjection, check_seed, draw_projection
 from kdkernels.ops.projection_alignment import projection_alignment_loss
 from kdkernels.ops.projection_alignment.method import METHODS
 from kdkernels.ops.projection_alignment.reference import METRICS
@@ -85,10 +86,7 @@ class ProjectionAlignment(torch.nn.Module):
         check_choice("method", method, METHODS)
         check_choice("backend", backend, BACKENDS)
         check_count("embedding_width", embedding_width)
-        if not is_whole(seed):
-            raise TypeError(f"seed is {seed!r}, but must be a whole number")
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed is {seed}, but must be at least -2**63 and below 2**64")
+        check_seed(seed)
         if bias and "learned" not in (student_projection, teacher_projection):
             raise ValueError("bias is True, but a bias goes with a learned projection and there is none")
         self.pairs = _checked_pairs(pairs)
@@ -226,24 +224,7 @@ class ProjectionAlignment(torch.nn.Module):
         for projection in self.teacher_projections:
             if isinstance(projection, FrozenProjection):
                 D, d_t = projection.weight.shape
-                projection.weight.copy_(_draw(self.teacher_projection, D, d_t, generator))
-
-
-class FrozenProjection(torch.nn.Module):
-    """The weight of a projection that is drawn, not learned, and kept out of the `state_dict`."""
-
-    weight: Tensor
-    bias = None
-
-    def __init__(
-        self, d: int, D: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(D, d, device=device, dtype=dtype), persistent=False)
-
-    def extra_repr(self) -> str:
-        D, d = self.weight.shape
-        return f"in_features={d}, out_features={D}"
+                projection.weight.copy_(draw_projection(self.teacher_projection, D, d_t, generator))
 
 
 def resample_frames(states: Tensor, frames: int) -> Tensor:
@@ -262,19 +243,6 @@ def resample_frames(states: Tensor, frames: int) -> Tensor:
     fraction = (position - left * step).to(dtype) / step
     before, after = (states.index_select(-2, index).to(dtype) for index in (left, right))
     return torch.lerp(before, after, fraction[:, None]).to(states.dtype)
-
-
-def _draw(kind: str, D: int, d: int, generator: torch.Generator) -> Tensor:
-    """(D, d), float64: drawn in one dtype, so that a seed means the same matrix in every dtype."""
-
-    def normal(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
-
-    if kind == "johnson_lindenstrauss":
-        return normal(D, d) / D**0.5
-    Q, R = torch.linalg.qr(normal(max(D, d), min(D, d)))
-    Q = Q * R.diagonal().sign()  # without it, Q is not uniformly distributed (Mezzadri)
-    return Q if d <= D else Q.mT
 
 
 def _checked_pairs(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save(
     path: Path,
     trained: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     config: AnyConfig,
     progress: Any,
     extra: Mapping[str, Tensor] | None = None,
@@ -61,7 +61,7 @@ def save(
     `progress` is a dataclass of plain values.
     """
     tensors = {MODEL + name: value for name, value in trained.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
+    for index, state in (optimizer.state_dict()["state"] if optimizer else {}).items():
         tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in state.items()}
     tensors[RNG] = torch.get_rng_state()
     tensors |= {EXTRA + name: value for name, value in (extra or {}).items()}
@@ -72,6 +72,30 @@ def save(
     }
     metadata["digest"] = _digest(tensors, metadata)
     write_atomically(path, bytes_of(tensors, metadata))
+
+
+def prepare(out: Path, resume: bool, config_of: Callable[[Path], AnyConfig], kind: type[Any]) -> int:
+    """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept.
+
+    `config_of` says which config a checkpoint must be of, `kind` what progress was saved with it.
+    """
+    found = sorted((out / "checkpoints").glob("*.safetensors"))
+    if not resume:
+        for path in found:
+            path.unlink()
+        return 0
+    if not found:
+        print(f"no checkpoint in {out}: the run starts from the beginning")
+    for path in found:
+        check_config(path, config_of(path))
+        read(path)  # whole, before anything is written
+    return max((progress_of(path, kind).metrics_bytes for path in found), default=0)
+
+
+def seeded(config: Any, path: Path) -> Any:
+    """The config of one of several seeds' runs: of the seed that the name of its checkpoint begins with."""
+    seed = path.name.removeprefix("seed").partition("-")[0]
+    return replace(config, seed=int(seed)) if seed.isdigit() else config
 
 
 def restore(path: Path, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -13,11 +13,13 @@ from kdtrainer.compress.cli import add_compress, compress
 from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
 from kdtrainer.numbers import number
+from kdtrainer.subspace.cli import add_subspace, subspace
 
 BOTH_NEED = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
 NEEDED = {  # the extra that has them, and module: package
     "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "compress": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
+    "subspace": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
     "report": ("trainer", BOTH_NEED),
 }
@@ -74,12 +76,17 @@ def digits(chosen: argparse.Namespace) -> int:
     return resumable(lambda: experiment.run(config, options), chosen.out)
 
 
-def shrinking(chosen: argparse.Namespace) -> int:
-    def run() -> bool:
-        compress(chosen)
-        return True
+def with_checkpoints(start: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+    """An experiment that compares no two ways."""
 
-    return resumable(run, chosen.out)
+    def experiment(chosen: argparse.Namespace) -> int:
+        def run() -> bool:
+            start(chosen)
+            return True
+
+        return resumable(run, chosen.out)
+
+    return experiment
 
 
 def tell_again(chosen: argparse.Namespace) -> int:
@@ -114,7 +121,8 @@ def resumable(run: Callable[[], bool], out: Path) -> int:
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "digits": digits,
-    "compress": shrinking,
+    "compress": with_checkpoints(compress),
+    "subspace": with_checkpoints(subspace),
     "whisper-step": whisper_step,
     "report": tell_again,
 }
@@ -130,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     experiments = top.add_subparsers(dest="experiment", required=True)
     add_digits(experiments)
     add_compress(experiments)
+    add_subspace(experiments)
     add_whisper_step(experiments)
     add_report(experiments)
     return top

@@ -42,14 +42,15 @@ def load(labels_per_class: int, seed: int) -> Digits:
         train_labels,
         torch.from_numpy(test_images),
         torch.from_numpy(test_labels),
-        _few_of_each_class(train_labels, labels_per_class, seed),
+        few_of_each_class(train_labels, CLASSES, labels_per_class, seed),
     )
 
 
-def _few_of_each_class(labels: Tensor, count: int, seed: int) -> Tensor:
-    most = int(torch.bincount(labels, minlength=CLASSES).min())
+def few_of_each_class(labels: Tensor, classes: int, count: int, seed: int) -> Tensor:
+    """The places of `count` labels of each class. Raises RunError where some class has fewer."""
+    most = int(torch.bincount(labels, minlength=classes).min())
     if count > most:
-        raise RunError(f"--labels is {count}, but must be at most {most}: some class has no more training images")
+        raise RunError(f"--labels is {count}, but must be at most {most}: some class has no more training examples")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels[order]
-    return torch.cat([order[shuffled == label][:count] for label in range(CLASSES)])
+    return torch.cat([order[shuffled == label][:count] for label in range(classes)])

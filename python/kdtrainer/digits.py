@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-import kdkernels as kd
 from kdtrainer import checkpoint, data, metrics, models, plots, report
+from kdtrainer.checkpoint import Progress
 from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import Config
-from kdtrainer.distill import LABELLED_BATCH, TEACHER_BATCH, Task, distillation_task, labels_task
+from kdtrainer.distill import LABELLED_BATCH, TEACHER_BATCH, ModelTask, distillation_task, labels_task
 from kdtrainer.errors import RunError
+from kdtrainer.serving import explanation, serving_backend
 from kdtrainer.train import fit
 
 TEACHER_RATE, STUDENT_RATE = 3e-3, 1e-2
@@ -35,7 +36,7 @@ def run(config: Config, options: Options) -> bool:
 
     Raises RunError when the run cannot start or go on, `train.Interrupted` after Ctrl-C.
     """
-    config = replace(config, backend=serving_backend(config))
+    config = replace(config, backend=serving_backend(config.backend))
     if options.compare and config.backend == "reference":
         raise RunError(f"--compare has nothing to compare: only the reference serves here\n{explanation('auto')}")
     if options.compare and config.soft_targets and config.divergence == "tvd":
@@ -60,47 +61,25 @@ def run(config: Config, options: Options) -> bool:
     return conclude(config, options, digits, done)
 
 
-def serving_backend(config: Config) -> str:
-    """The backend that `config.backend` means on this machine."""
-    try:
-        return explanation(config.backend).backend
-    except (ImportError, ValueError) as error:
-        raise RunError(f"--backend {config.backend} cannot be had: {error}") from error
-
-
-def explanation(backend: str) -> Any:
-    point, projection = torch.empty(1, 2), torch.empty(3, 2)
-    return kd.explain(kd.projection_alignment_loss, point, point, projection, projection, backend=backend)
-
-
 def checkpoint_path(out: Path, task: str) -> Path:
     return out / "checkpoints" / f"{task}.safetensors"
 
 
 def prepare(config: Config, options: Options) -> int:
     """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept."""
-    found = sorted(checkpoint_path(options.out, "*").parent.glob("*.safetensors"))
-    if not options.resume:
-        for path in found:
-            path.unlink()
-        return 0
-    if not found:
-        print(f"no checkpoint in {options.out}: the run starts from the beginning")
-    for path in found:
-        checkpoint.check_config(path, config)
-    return max((checkpoint.progress(path).metrics_bytes for path in found), default=0)
+    return checkpoint.prepare(options.out, options.resume, lambda _: config, Progress)
 
 
-def train_all(config: Config, options: Options, digits: data.Digits, log: metrics.MetricsLog) -> dict[str, Task]:
+def train_all(config: Config, options: Options, digits: data.Digits, log: metrics.MetricsLog) -> dict[str, ModelTask]:
     """Every task of the experiment, done, by its name; the teachers first."""
-    done: dict[str, Task] = {}
+    done: dict[str, ModelTask] = {}
     everything = torch.arange(len(digits.train_images))
     with report.progress_bar() as bar:
 
-        def train(task: Task) -> None:
+        def train(task: ModelTask) -> None:
             path = checkpoint_path(options.out, task.name)
             torch.manual_seed(config.seed_of("batches"))
-            fit(task, digits, config, path, log, options.checkpoint_every, bar.task(task.name, task.steps))
+            fit(task, config, path, log, options.checkpoint_every, bar.task(task.name, task.steps))
             task.model.eval()
             done[task.name] = task
 
@@ -132,7 +111,7 @@ def train_all(config: Config, options: Options, digits: data.Digits, log: metric
     return done
 
 
-def conclude(config: Config, options: Options, digits: data.Digits, done: dict[str, Task]) -> bool:
+def conclude(config: Config, options: Options, digits: data.Digits, done: dict[str, ModelTask]) -> bool:
     """Evaluate, compare, and write the report: table, report.json and plots."""
     predicted = {name: models.probabilities(task.model, digits.test_images) for name, task in done.items()}
     progress = {name: checkpoint.progress(checkpoint_path(options.out, name)) for name in done}

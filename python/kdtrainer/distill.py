@@ -1,7 +1,8 @@
 """What each model is trained on: labels for teachers and plain students, teachers for the distilled one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +14,17 @@ from kdkernels.nn import ProjectionAlignment, head_of
 from kdtrainer import models
 from kdtrainer.config import Config
 from kdtrainer.data import CLASSES, Digits
+from kdtrainer.train import Task
 
 PAIRS = ((0, 0), (1, 1))  # early and late states of the student and of each teacher
 TEACHER_BATCH, LABELLED_BATCH, DISTILLED_BATCH = 64, 32, 128
 
 
 @dataclass(frozen=True)
-class Task:
-    """Something to train: `losses` draws its batch from torch's generator, and its "loss" is minimised."""
+class ModelTask(Task):
+    """Of a classifier, which is trained or is part of that."""
 
-    name: str
-    steps: int
-    learning_rate: float
     model: models.Classifier
-    trained: nn.Module  # the model, and what is trained beside it
-    losses: Callable[[], dict[str, Tensor]]
 
 
 def batch_of(indices: Tensor, size: int) -> Tensor:
@@ -35,9 +32,15 @@ def batch_of(indices: Tensor, size: int) -> Tensor:
     return indices[torch.randperm(len(indices))[:size]]
 
 
+def evaluation(model: models.Classifier, digits: Digits) -> dict[str, float]:
+    """On the test set."""
+    predicted = models.probabilities(model, digits.test_images)
+    return {"accuracy": models.accuracy(predicted, digits.test_labels)}
+
+
 def labels_task(
     name: str, model: models.Classifier, digits: Digits, labelled: Tensor, size: int, steps: int, rate: float
-) -> Task:
+) -> ModelTask:
     """Cross-entropy on the training images in `labelled`."""
 
     def losses() -> dict[str, Tensor]:
@@ -45,7 +48,7 @@ def labels_task(
         logits, _ = model(digits.train_images[batch])
         return {"loss": F.cross_entropy(logits, digits.train_labels[batch])}
 
-    return Task(name, steps, rate, model, model, losses)
+    return ModelTask(name, steps, rate, model, losses, partial(evaluation, model, digits), model)
 
 
 def distillation_task(
@@ -56,7 +59,7 @@ def distillation_task(
     config: Config,
     rate: float,
     backend: str,
-) -> Task:
+) -> ModelTask:
     """Cross-entropy on the few labelled images; alignment to all teachers and their soft targets on all images.
 
     Alignment and soft targets have weights in `config`; one of weight 0 is not computed.
@@ -104,7 +107,7 @@ def distillation_task(
         return {"loss": loss} | parts
 
     trained = nn.ModuleDict({"student": model, "aligners": aligners})
-    return Task(name, config.steps, rate, model, trained, losses)
+    return ModelTask(name, config.steps, rate, trained, losses, partial(evaluation, model, digits), model)
 
 
 def aligner(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,14 @@ def lessons(config: Config) -> str:
     aligned = "logits" if config.lora_rank else "states"
     weights = {aligned: config.alignment_weight, "soft targets": config.soft_targets}
     return " and ".join(name for name, weight in weights.items() if weight)
+
+
+def spread(values: Sequence[float], digits: int, factor: float = 1.0, sign: str = "") -> str:
+    """Mean and standard deviation over seeds; `sign` "+" shows that of the mean."""
+    values = [factor * x for x in values]
+    if len(values) == 1:
+        return f"{values[0]:{sign}.{digits}f}"
+    return f"{statistics.fmean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def console() -> Console:

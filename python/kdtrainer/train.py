@@ -5,17 +5,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from kdtrainer import checkpoint, models
-from kdtrainer.checkpoint import Progress
-from kdtrainer.config import Config
-from kdtrainer.data import Digits
-from kdtrainer.distill import Task
+from kdtrainer import checkpoint
+from kdtrainer.checkpoint import AnyConfig, Progress
 from kdtrainer.metrics import MetricsLog
 
 EVALUATE_EVERY = 20
@@ -26,14 +25,26 @@ class Interrupted(Exception):
     """Ctrl-C, after the step was finished and its checkpoint written."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """Something to train: `losses` draws its batch from torch's generator, and its "loss" is minimised."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    trained: nn.Module  # the model, and what is trained beside it
+    losses: Callable[[], dict[str, Tensor]]
+    evaluate: Callable[[], dict[str, float]]  # what metrics.jsonl should know beside the losses
+
+
 def fit(
     task: Task,
-    digits: Digits,
-    config: Config,
+    config: AnyConfig,
     path: Path,
     metrics: MetricsLog,
     checkpoint_every: int,
     on_step: Callable[[int, float | None], None],
+    evaluate_every: int = EVALUATE_EVERY,
 ) -> None:
     """Train `task` from the checkpoint at `path`, or from the start where there is none, to its last step."""
     trained = [p for p in task.trained.parameters() if p.requires_grad]
@@ -55,9 +66,8 @@ def fit(
 
             record: dict[str, Any] = {"task": task.name, "step": step}
             record |= {name: value.item() for name, value in losses.items()}
-            if step % EVALUATE_EVERY == 0 or step == task.steps:
-                predicted = models.probabilities(task.model, digits.test_images)
-                record["accuracy"] = models.accuracy(predicted, digits.test_labels)
+            if step % evaluate_every == 0 or step == task.steps:
+                record |= task.evaluate()
             metrics.append(record)
             stop = interrupted()
             if step % checkpoint_every == 0 or step == task.steps or stop:

@@ -14,6 +14,7 @@ from kdkernels.nn import LRUClassifier
 from kdtrainer.compress.config import COMPRESSED, UNCOMPRESSED, Config
 from kdtrainer.compress.training import Trained, layers_of
 from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
+from kdtrainer.report import spread
 
 RECIPE, TITLE = "compress", "A state-space model that shrinks while it learns"
 MEANINGS = {
@@ -74,14 +75,6 @@ def spectra_of(model: LRUClassifier, step: int) -> dict[str, Tensor]:
 def by_name(results: Sequence[Sequence[Row]]) -> dict[str, list[Row]]:
     """The rows of each model, one for each seed."""
     return {first.name: [rows[k] for rows in results] for k, first in enumerate(results[0])}
-
-
-def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
-    """Mean and standard deviation over seeds."""
-    values = [factor * x for x in values]
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def speed_up(rows: Sequence[Row], baseline: Sequence[Row]) -> list[float]:

@@ -81,18 +81,7 @@ def path_of(options: Options, config: Config, name: str) -> Path:
 
 def prepare(config: Config, options: Options) -> int:
     """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept."""
-    found = sorted((options.out / "checkpoints").glob("*.safetensors"))
-    if not options.resume:
-        for path in found:
-            path.unlink()
-        return 0
-    if not found:
-        print(f"no checkpoint in {options.out}: the run starts from the beginning")
-    for path in found:
-        seed = path.name.removeprefix("seed").partition("-")[0]
-        checkpoint.check_config(path, dataclasses.replace(config, seed=int(seed) if seed.isdigit() else config.seed))
-        checkpoint.read(path)  # whole, before anything is written
-    return max((checkpoint.progress_of(path, Progress).metrics_bytes for path in found), default=0)
+    return checkpoint.prepare(options.out, options.resume, lambda path: checkpoint.seeded(config, path), Progress)
 
 
 def one_seed(

@@ -4,6 +4,7 @@ import gzip
 import shutil
 import subprocess
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,22 @@ def digits(length: int) -> Sequences:
 
 def fashion_mnist() -> Sequences:
     """The four gzipped IDX files of Debian's package."""
+    wanted = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    files = packaged(PACKAGE, wanted, ", or give a .npz file")
+    train, train_labels, test, test_labels = (read_idx(path) for path in files)
+    return checked(FASHION_MNIST, train, train_labels, test, test_labels)
+
+
+def packaged(package: str, wanted: Sequence[str], instead: str = "") -> list[Path]:
+    """Files that a Debian package has put somewhere, by their names. Raises RunError where one is missing."""
     listed = ""
     if shutil.which("dpkg"):
-        listed = subprocess.run(["dpkg", "-L", PACKAGE], capture_output=True, text=True, check=False).stdout
-    paths = {Path(line).name: Path(line) for line in listed.splitlines() if line.endswith("-ubyte.gz")}
-    wanted = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    missing = [file for file in wanted if file not in paths]
-    if missing:
-        raise RunError(
-            f"{missing[0]} of Debian's package {PACKAGE} is not here: apt-get install {PACKAGE}, or give a .npz file"
-        )
-    train, train_labels, test, test_labels = (read_idx(paths[file]) for file in wanted)
-    return checked(FASHION_MNIST, train, train_labels, test, test_labels)
+        listed = subprocess.run(["dpkg", "-L", package], capture_output=True, text=True, check=False).stdout
+    paths = {Path(line).name: Path(line) for line in listed.splitlines()}
+    for file in wanted:
+        if file not in paths:
+            raise RunError(f"{file} of Debian's package {package} is not here: apt-get install {package}{instead}")
+    return [paths[file] for file in wanted]
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -1,0 +1,44 @@
+"""What a run of `subspace` depends on. Two runs with equal configs on one machine give the same bits."""
+
+import dataclasses
+import zlib
+from typing import Any
+
+IMAGE_TEACHERS, TEXT_TEACHERS = ("cnn", "vit"), ("minilm",)
+TEACHERS = IMAGE_TEACHERS + TEXT_TEACHERS
+WORDNET = "wordnet"
+RATIOS = (1, 2, 4, 8, 16, 32)  # d/k
+FULL = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every field is kept in each checkpoint; a resumed run must have the same."""
+
+    data: str = "digits"
+    teachers: tuple[str, ...] = IMAGE_TEACHERS
+    seed: int = 0
+    features: int = 512  # d of the teachers that are trained here
+    ratio: int = 16  # d/k of the student
+    projection: str = "johnson_lindenstrauss"  # of the student's space
+    labels: int = 10  # labelled examples per class that the student sees
+    examples: int = 0  # to train on, at most; 0: all
+    teacher_steps: int = 600
+    head_steps: int = 600
+    steps: int = 600  # of every student
+    alignment_weight: float = 1.0  # beside labels
+    soft_targets: float = 1.0  # likewise
+    temperature: float = 2.0
+    backend: str = "auto"  # once a run has started: the one that `auto` became
+    threads: int = 2
+
+    def as_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "teachers": list(self.teachers)}
+
+    def seed_of(self, name: str) -> int:
+        """A seed for one part of the run, so that no part depends on what ran before it."""
+        return zlib.crc32(f"{self.seed}/{name}".encode())
+
+
+SEEDS, QUICK_SEEDS = 5, 2
+QUICK: dict[str, Any] = {"examples": 4000, "teacher_steps": 80, "head_steps": 150, "steps": 100}

@@ -1,0 +1,128 @@
+"""What `subspace` tells: a table of all models over all seeds, and report.json."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+import kdkernels
+from kdkernels.nn.subspace_head import PROJECTIONS
+from kdtrainer.checkpoint import write_atomically
+from kdtrainer.report import console, spread
+from kdtrainer.subspace import tasks
+from kdtrainer.subspace.config import FULL, RATIOS, Config
+from kdtrainer.subspace.tasks import NATIVE, NATIVE_LABELS, TAUGHT, UNTAUGHT, key
+
+TEACHER = "teacher"
+MEANINGS = {
+    TEACHER: "all labels",
+    FULL: "a head on the teacher's frozen features",
+    tasks.LABELS: "{few} labels",
+    tasks.ALL_LABELS: "all labels",
+    tasks.FEATURES: "{few} labels, and the features through a learned projection",
+    tasks.REUSED: "the same without labels, and the teacher's full head",
+    tasks.SOFT_TARGETS: "{few} labels, and the teacher's soft targets",
+    tasks.NATIVE: "no labels: it makes R h, and has the teacher's small head",
+    tasks.NATIVE_LABELS: "the same, and {few} labels",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model of one seed."""
+
+    name: str
+    seed: int
+    teacher: str  # "" of a student without
+    stored: int  # numbers in its file; a drawn projection is its seed
+    accuracy: float  # on the test set
+    seconds: float  # of training
+
+
+Results = Sequence[Sequence[Row]]  # by seed
+
+
+def names(config: Config) -> list[str]:
+    """Of the models, in the table's order."""
+    heads = [key(projection, ratio) for projection in PROJECTIONS for ratio in RATIOS]
+    return [TEACHER, FULL, *heads, *UNTAUGHT, *TAUGHT]
+
+
+def rows_of(results: Results, name: str, teacher: str) -> list[Row]:
+    """One for each seed; a student without a teacher stands beside every one."""
+    return [row for rows in results for row in rows if row.name == name and row.teacher in (teacher, "")]
+
+
+def accuracies(results: Results, name: str, teacher: str) -> list[float]:
+    return [row.accuracy for row in rows_of(results, name, teacher)]
+
+
+def gains(results: Results, name: str, baseline: str, teacher: str) -> list[float]:
+    """Points above the baseline, seed by seed."""
+    pairs = zip(accuracies(results, name, teacher), accuracies(results, baseline, teacher), strict=True)
+    return [100 * (ours - theirs) for ours, theirs in pairs]
+
+
+def meaning(name: str, config: Config, classes: int) -> str:
+    if name in MEANINGS:
+        return MEANINGS[name].format(few=classes * config.labels)
+    return f"the same, of {name.rpartition('-')[-1]} times fewer features"
+
+
+def show(config: Config, classes: int, results: Results, out: Path) -> None:
+    several = f", mean ± standard deviation over {len(results)} seeds" if len(results) > 1 else ""
+    title = f"{config.data}: test accuracy in %, d/k of the students {config.ratio}, {config.projection}{several}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for name in ("model", "trained on"):
+        table.add_column(name)
+    table.add_column("stored", justify="right")
+    for teacher in config.teachers:
+        table.add_column(teacher, justify="right")
+    for name in names(config):
+        found = [rows_of(results, name, teacher) for teacher in config.teachers]
+        if not any(found):
+            continue  # a teacher that was not trained here
+        sizes = sorted({row.stored for rows in found for row in rows})
+        cells = [name, meaning(name, config, classes), " / ".join(f"{size:,}" for size in sizes)]
+        cells += [spread([row.accuracy for row in rows], 1, 100) for rows in found]
+        style = "bold" if name in (NATIVE, NATIVE_LABELS) else ""
+        table.add_row(*cells, style=style, end_section=name in (FULL, key(PROJECTIONS[-1], RATIOS[-1])))
+    terminal = console()
+    terminal.print(table)
+    for line in remarks(config, results):
+        terminal.print(line, highlight=False)
+    terminal.print(
+        f"report.json, metrics.jsonl, curves.png, students.png and checkpoints are in {out}", highlight=False
+    )
+
+
+def remarks(config: Config, results: Results) -> list[str]:
+    """Differences, paired over seeds, of which the table has only the spread of either side."""
+    lines = []
+    for teacher in config.teachers:
+        changes = [
+            f"{projection} {spread(gains(results, key(projection, config.ratio), FULL, teacher), 2, sign='+')}"
+            for projection in PROJECTIONS
+        ]
+        lines.append(f"{teacher}, a head {config.ratio} times smaller, in points: {', '.join(changes)}.")
+        for name in (NATIVE, NATIVE_LABELS):
+            others = [other for other in (*UNTAUGHT, *TAUGHT) if other not in (NATIVE, NATIVE_LABELS)]
+            changes = [f"{other} {spread(gains(results, name, other, teacher), 1, sign='+')}" for other in others]
+            lines.append(f"{teacher}, {name} against others, in points: {', '.join(changes)}.")
+    return lines
+
+
+def write(path: Path, config: Config, results: Results) -> None:
+    """Everything the table says, as JSON, with the versions it was found with."""
+    models = {
+        teacher: {name: [dataclasses.asdict(row) for row in rows_of(results, name, teacher)] for name in names(config)}
+        for teacher in config.teachers
+    }
+    content: dict[str, Any] = {"config": config.as_json(), "seeds": len(results), "models": models}
+    content["versions"] = {"kdkernels": kdkernels.__version__, "torch": torch.__version__}
+    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
