@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from kdtrainer.compress.cli import add_compress, compress
 from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
 from kdtrainer.numbers import number
+from kdtrainer.speech.cli import add_speech, speech
 
 BOTH_NEED = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
 NEEDED = {  # the extra that has them, and module: package
     "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "compress": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
+    "speech": ("speech", {"espeakng_loader": "espeakng-loader", "jiwer": "jiwer"} | BOTH_NEED),
     "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
 }
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -71,9 +74,11 @@ def digits(chosen: argparse.Namespace) -> int:
     return resumable(lambda: experiment.run(config, options), chosen.out)
 
 
-def shrinking(chosen: argparse.Namespace) -> int:
+def unjudged(experiment: Callable[[argparse.Namespace], None], chosen: argparse.Namespace) -> int:
+    """An experiment with checkpoints, which compares nothing with a budget."""
+
     def run() -> bool:
-        compress(chosen)
+        experiment(chosen)
         return True
 
     return resumable(run, chosen.out)
@@ -96,7 +101,8 @@ def resumable(run: Callable[[], bool], out: Path) -> int:
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "digits": digits,
-    "compress": shrinking,
+    "compress": partial(unjudged, compress),
+    "speech": partial(unjudged, speech),
     "whisper-step": whisper_step,
 }
 
@@ -111,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     experiments = top.add_subparsers(dest="experiment", required=True)
     add_digits(experiments)
     add_compress(experiments)
+    add_speech(experiments)
     add_whisper_step(experiments)
     return top
 

@@ -2,13 +2,14 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import kdkernels as kd
 from kdtrainer import checkpoint, data, metrics, models, plots, report
+from kdtrainer.backends import explanation, serving_backend
 from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import Config
 from kdtrainer.distill import LABELLED_BATCH, TEACHER_BATCH, Task, distillation_task, labels_task
@@ -35,7 +36,7 @@ def run(config: Config, options: Options) -> bool:
 
     Raises RunError when the run cannot start or go on, `train.Interrupted` after Ctrl-C.
     """
-    config = replace(config, backend=serving_backend(config))
+    config = replace(config, backend=serving_backend(config.backend))
     if options.compare and config.backend == "reference":
         raise RunError(f"--compare has nothing to compare: only the reference serves here\n{explanation('auto')}")
     if options.compare and config.soft_targets and config.divergence == "tvd":
@@ -58,19 +59,6 @@ def run(config: Config, options: Options) -> bool:
     finally:
         log.close()
     return conclude(config, options, digits, done)
-
-
-def serving_backend(config: Config) -> str:
-    """The backend that `config.backend` means on this machine."""
-    try:
-        return explanation(config.backend).backend
-    except (ImportError, ValueError) as error:
-        raise RunError(f"--backend {config.backend} cannot be had: {error}") from error
-
-
-def explanation(backend: str) -> Any:
-    point, projection = torch.empty(1, 2), torch.empty(3, 2)
-    return kd.explain(kd.projection_alignment_loss, point, point, projection, projection, backend=backend)
 
 
 def checkpoint_path(out: Path, task: str) -> Path:
@@ -100,7 +88,8 @@ def train_all(config: Config, options: Options, digits: data.Digits, log: metric
         def train(task: Task) -> None:
             path = checkpoint_path(options.out, task.name)
             torch.manual_seed(config.seed_of("batches"))
-            fit(task, digits, config, path, log, options.checkpoint_every, bar.task(task.name, task.steps))
+            evaluate = partial(accuracy_of, task.model, digits)
+            fit(task, evaluate, config, path, log, options.checkpoint_every, bar.task(task.name, task.steps))
             task.model.eval()
             done[task.name] = task
 
@@ -130,6 +119,11 @@ def train_all(config: Config, options: Options, digits: data.Digits, log: metric
         for name, backend in backends.items():
             train(distillation_task(name, student_to_distil(backend), teachers, digits, config, STUDENT_RATE, backend))
     return done
+
+
+def accuracy_of(model: models.Classifier, digits: data.Digits) -> dict[str, float]:
+    """On the test set."""
+    return {"accuracy": models.accuracy(models.probabilities(model, digits.test_images), digits.test_labels)}
 
 
 def conclude(config: Config, options: Options, digits: data.Digits, done: dict[str, Task]) -> bool:

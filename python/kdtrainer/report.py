@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,6 +54,17 @@ class ProgressBar:
             self._progress.update(shown, completed=step, loss="" if loss is None else f"loss {loss:.4f}")
 
         return update
+
+    def tasks(self, name: str, steps: Sequence[int]) -> list[Callable[[int, float | None], None]]:
+        """One line for several tasks, and what to call for each of them."""
+        shown = self._progress.add_task(name, total=sum(steps), loss="")
+        done = [0] * len(steps)
+
+        def update(k: int, step: int, loss: float | None) -> None:
+            done[k] = step
+            self._progress.update(shown, completed=sum(done), loss="" if loss is None else f"loss {loss:.4f}")
+
+        return [partial(update, k) for k in range(len(steps))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +119,13 @@ def console() -> Console:
     """A pipe or a log has no edge at which to wrap."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=160)
+
+
+def spread(values: Sequence[float], digits: int, factor: float = 1.0, signed: bool = False) -> str:
+    """Mean and standard deviation over seeds."""
+    values = [factor * x for x in values]
+    mean = f"{statistics.fmean(values):{'+' if signed else ''}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None) -> None:

@@ -15,7 +15,7 @@ import kdkernels
 from kdtrainer.checkpoint import write_atomically
 from kdtrainer.compress.config import COMPRESSED, UNCOMPRESSED, Config
 from kdtrainer.compress.training import Trained
-from kdtrainer.report import console
+from kdtrainer.report import console, spread
 
 MEANINGS = {
     COMPRESSED: "balanced truncation while it trains",
@@ -56,14 +56,6 @@ def row(name: str, config: Config, trained: Trained) -> Row:
 def by_name(results: Sequence[Sequence[Row]]) -> dict[str, list[Row]]:
     """The rows of each model, one for each seed."""
     return {first.name: [rows[k] for rows in results] for k, first in enumerate(results[0])}
-
-
-def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
-    """Mean and standard deviation over seeds."""
-    values = [factor * x for x in values]
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def speed_up(rows: Sequence[Row], baseline: Sequence[Row]) -> list[float]:
