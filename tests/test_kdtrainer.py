@@ -30,8 +30,9 @@ from kdkernels.nn import lora_linear, projection_alignment
 from kdtrainer import checkpoint, cli, data, metrics, models
 from kdtrainer.compare import deviation
 from kdtrainer.config import TEACHERS, Config
-from kdtrainer.distill import distillation_task, standardised, states_of
+from kdtrainer.distill import distillation_task, states_of
 from kdtrainer.errors import RunError
+from kdtrainer.states import standardised
 
 LORA = ("--lora-rank", "4")
 TASKS = ("mlp", "cnn", "student", "student-all-labels", "distilled")

@@ -65,11 +65,13 @@ def save(
         tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in state.items()}
     tensors[RNG] = torch.get_rng_state()
     tensors |= {EXTRA + name: value for name, value in (extra or {}).items()}
+    write(path, tensors, {"config": config.as_json(), "progress": progress.__dict__})
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Tensors and plain values in one file, with a digest of them all; `read` and `value_of` are the inverse."""
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    metadata = {
-        "config": json.dumps(config.as_json()),
-        "progress": json.dumps(progress.__dict__),
-    }
+    metadata = {name: json.dumps(value) for name, value in values.items()}
     metadata["digest"] = _digest(tensors, metadata)
     write_atomically(path, bytes_of(tensors, metadata))
 
@@ -120,18 +122,26 @@ def extra(path: Path) -> dict[str, Tensor]:
     return _under(EXTRA, read(path))
 
 
+def value_of(path: Path, name: str) -> Any:
+    """One of the plain values."""
+    try:
+        return json.loads(_metadata(path)[name])
+    except KeyError as error:
+        raise _damaged(path) from error
+
+
 def progress(path: Path) -> Progress:
     return progress_of(path, Progress)
 
 
 def progress_of(path: Path, kind: type[Kind]) -> Kind:
     """Of the kind that was saved."""
-    return kind(**json.loads(_metadata(path)["progress"]))
+    return kind(**value_of(path, "progress"))
 
 
 def check_config(path: Path, config: AnyConfig) -> None:
     """Raise RunError, naming the differences, unless the checkpoint is of a run with this config."""
-    saved = json.loads(_metadata(path)["config"])
+    saved = value_of(path, "config")
     asked = config.as_json()
     differences = [
         f"{name} was {saved.get(name)!r} and is now {asked.get(name)!r}"

@@ -13,6 +13,7 @@ from kdtrainer.compress.cli import add_compress, compress
 from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
 from kdtrainer.numbers import number
+from kdtrainer.speech.cli import add_speech, speech
 from kdtrainer.subspace.cli import add_subspace, subspace
 
 BOTH_NEED = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
@@ -20,6 +21,7 @@ NEEDED = {  # the extra that has them, and module: package
     "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "compress": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "subspace": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
+    "speech": ("speech", {"espeakng_loader": "espeakng-loader", "jiwer": "jiwer"} | BOTH_NEED),
     "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
     "report": ("trainer", BOTH_NEED),
 }
@@ -123,6 +125,7 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "digits": digits,
     "compress": with_checkpoints(compress),
     "subspace": with_checkpoints(subspace),
+    "speech": with_checkpoints(speech),
     "whisper-step": whisper_step,
     "report": tell_again,
 }
@@ -139,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
     add_digits(experiments)
     add_compress(experiments)
     add_subspace(experiments)
+    add_speech(experiments)
     add_whisper_step(experiments)
     add_report(experiments)
     return top

@@ -14,6 +14,7 @@ from kdkernels.nn import ProjectionAlignment, head_of
 from kdtrainer import models
 from kdtrainer.config import Config
 from kdtrainer.data import CLASSES, Digits
+from kdtrainer.states import standardised
 from kdtrainer.train import Task
 
 PAIRS = ((0, 0), (1, 1))  # early and late states of the student and of each teacher
@@ -139,12 +140,3 @@ def states_of(teacher: models.Classifier, images: Tensor) -> list[Tensor]:
 def logits_of(teacher: models.Classifier, states: Sequence[Tensor]) -> Tensor:
     """(N, 10)."""
     return teacher.head(states[-1])
-
-
-def standardised(states: Sequence[Tensor]) -> list[Tensor]:
-    """Mean 0 per feature, and mean square 1 over all of them.
-
-    What all images have in common says nothing about any of them, but would dominate cosine and mse alike.
-    """
-    centred = [state - state.mean(0) for state in states]
-    return [state / state.square().mean().sqrt() for state in centred]

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,13 @@ def console() -> Console:
     """A pipe or a log has no edge at which to wrap."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=160)
+
+
+def spread(values: Sequence[float], digits: int, factor: float = 1.0, signed: bool = False) -> str:
+    """Mean and standard deviation over seeds; `signed` shows the sign of the mean."""
+    values = [factor * x for x in values]
+    mean = f"{statistics.fmean(values):{'+' if signed else ''}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def origin(recipe: str) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import kdkernels
 from kdtrainer.checkpoint import write_atomically
 from kdtrainer.compare import Deviation
 from kdtrainer.config import Config
+from kdtrainer.page import console
 
 MEANINGS = {
     "ensemble": "mean of the teachers' probabilities",
@@ -53,6 +54,17 @@ class ProgressBar:
             self._progress.update(shown, completed=step, loss="" if loss is None else f"loss {loss:.4f}")
 
         return update
+
+    def tasks(self, name: str, steps: Sequence[int]) -> list[Callable[[int, float | None], None]]:
+        """One line for several tasks, and what to call for each of them."""
+        shown = self._progress.add_task(name, total=sum(steps), loss="")
+        done = [0] * len(steps)
+
+        def update(k: int, step: int, loss: float | None) -> None:
+            done[k] = step
+            self._progress.update(shown, completed=sum(done), loss="" if loss is None else f"loss {loss:.4f}")
+
+        return [partial(update, k) for k in range(len(steps))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,20 +113,6 @@ def lessons(config: Config) -> str:
     aligned = "logits" if config.lora_rank else "states"
     weights = {aligned: config.alignment_weight, "soft targets": config.soft_targets}
     return " and ".join(name for name, weight in weights.items() if weight)
-
-
-def spread(values: Sequence[float], digits: int, factor: float = 1.0, sign: str = "") -> str:
-    """Mean and standard deviation over seeds; `sign` "+" shows that of the mean."""
-    values = [factor * x for x in values]
-    if len(values) == 1:
-        return f"{values[0]:{sign}.{digits}f}"
-    return f"{statistics.fmean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def console() -> Console:
-    """A pipe or a log has no edge at which to wrap."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=160)
 
 
 def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None) -> None:

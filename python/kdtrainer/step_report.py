@@ -14,7 +14,7 @@ from rich.table import Table
 
 from kdtrainer.checkpoint import write_atomically
 from kdtrainer.config import PHASES
-from kdtrainer.report import console
+from kdtrainer.page import console
 
 COLOURS = dict(zip(PHASES, ("#bab0ac", "#4c78a8", "#e4572e", "#f2b134", "#72a5d8", "#76b7a0"), strict=True))
 

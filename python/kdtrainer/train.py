@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdtrainer import checkpoint
 from kdtrainer.checkpoint import AnyConfig, Progress
+from kdtrainer.errors import RunError
 from kdtrainer.metrics import MetricsLog
 
 EVALUATE_EVERY = 20
@@ -37,46 +38,9 @@ class Task:
     evaluate: Callable[[], dict[str, float]]  # what metrics.jsonl should know beside the losses
 
 
-def fit(
-    task: Task,
-    config: AnyConfig,
-    path: Path,
-    metrics: MetricsLog,
-    checkpoint_every: int,
-    on_step: Callable[[int, float | None], None],
-    evaluate_every: int = EVALUATE_EVERY,
-) -> None:
-    """Train `task` from the checkpoint at `path`, or from the start where there is none, to its last step."""
-    trained = [p for p in task.trained.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=task.learning_rate, weight_decay=WEIGHT_DECAY)
-    done = Progress(0, 0, 0.0)
-    if path.exists():
-        done = checkpoint.progress(path)
-        checkpoint.restore(path, task.trained, optimizer)
-        on_step(done.step, None)
-    start = time.perf_counter() - done.seconds
-    with interruptions() as interrupted:
-        for step in range(done.step + 1, task.steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = task.learning_rate * (1 + math.cos(math.pi * (step - 1) / task.steps)) / 2
-            losses = task.losses()
-            optimizer.zero_grad()
-            losses["loss"].backward()
-            optimizer.step()
-
-            record: dict[str, Any] = {"task": task.name, "step": step}
-            record |= {name: value.item() for name, value in losses.items()}
-            if step % evaluate_every == 0 or step == task.steps:
-                record |= task.evaluate()
-            metrics.append(record)
-            stop = interrupted()
-            if step % checkpoint_every == 0 or step == task.steps or stop:
-                # Metrics first: a checkpoint never counts on a line that is not on the disk.
-                progress = Progress(step, metrics.sync(), time.perf_counter() - start)
-                checkpoint.save(path, task.trained, optimizer, config, progress)
-            on_step(step, record["loss"])
-            if stop:
-                raise Interrupted
+def cosine(share: float) -> float:
+    """The share of the learning rate, by the share of the steps that were done."""
+    return (1 + math.cos(math.pi * share)) / 2
 
 
 @contextmanager
@@ -95,3 +59,57 @@ def interruptions() -> Iterator[Callable[[], bool]]:
         yield lambda: came
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def fit(
+    task: Task,
+    config: AnyConfig,
+    path: Path,
+    metrics: MetricsLog,
+    checkpoint_every: int,
+    on_step: Callable[[int, float | None], None],
+    evaluate_every: int = EVALUATE_EVERY,
+    *,
+    schedule: Callable[[float], float] = cosine,
+    largest_gradient: float = math.inf,
+    interruptions: Callable[[], AbstractContextManager[Callable[[], bool]]] = interruptions,
+) -> None:
+    """Train `task` from the checkpoint at `path`, or from the start where there is none, to its last step.
+
+    Raises RunError where the loss is no number, Interrupted after Ctrl-C.
+    """
+    trained = [p for p in task.trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=task.learning_rate, weight_decay=WEIGHT_DECAY)
+    done = Progress(0, 0, 0.0)
+    if path.exists():
+        done = checkpoint.progress(path)
+        checkpoint.restore(path, task.trained, optimizer)
+        on_step(done.step, None)
+    start = time.perf_counter() - done.seconds
+    with interruptions() as interrupted:
+        for step in range(done.step + 1, task.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = task.learning_rate * schedule((step - 1) / task.steps)
+            losses = task.losses()
+            record: dict[str, Any] = {"task": task.name, "step": step}
+            record |= {name: value.item() for name, value in losses.items()}
+            if not math.isfinite(record["loss"]):
+                kept = f"the checkpoint in {path} is from before" if path.exists() else "there is no checkpoint"
+                raise RunError(f"{task.name}, step {step}: the loss is {record['loss']}; {kept}")
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            if largest_gradient < math.inf:
+                nn.utils.clip_grad_norm_(trained, largest_gradient)
+            optimizer.step()
+
+            if step % evaluate_every == 0 or step == task.steps:
+                record |= task.evaluate()
+            metrics.append(record)
+            stop = interrupted()
+            if step % checkpoint_every == 0 or step == task.steps or stop:
+                # Metrics first: a checkpoint never counts on a line that is not on the disk.
+                progress = Progress(step, metrics.sync(), time.perf_counter() - start)
+                checkpoint.save(path, task.trained, optimizer, config, progress)
+            on_step(step, record["loss"])
+            if stop:
+                raise Interrupted

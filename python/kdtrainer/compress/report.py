@@ -13,8 +13,7 @@ import kdkernels as kd
 from kdkernels.nn import LRUClassifier
 from kdtrainer.compress.config import COMPRESSED, UNCOMPRESSED, Config
 from kdtrainer.compress.training import Trained, layers_of
-from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
-from kdtrainer.report import spread
+from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
 
 RECIPE, TITLE = "compress", "A state-space model that shrinks while it learns"
 MEANINGS = {

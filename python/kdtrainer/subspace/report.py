@@ -13,7 +13,7 @@ from rich.table import Table
 import kdkernels
 from kdkernels.nn.subspace_head import PROJECTIONS
 from kdtrainer.checkpoint import write_atomically
-from kdtrainer.report import console, spread
+from kdtrainer.page import console, spread
 from kdtrainer.subspace import tasks
 from kdtrainer.subspace.config import FULL, RATIOS, Config
 from kdtrainer.subspace.tasks import NATIVE, NATIVE_LABELS, TAUGHT, UNTAUGHT, key
@@ -106,13 +106,13 @@ def remarks(config: Config, results: Results) -> list[str]:
     lines = []
     for teacher in config.teachers:
         changes = [
-            f"{projection} {spread(gains(results, key(projection, config.ratio), FULL, teacher), 2, sign='+')}"
+            f"{projection} {spread(gains(results, key(projection, config.ratio), FULL, teacher), 2, signed=True)}"
             for projection in PROJECTIONS
         ]
         lines.append(f"{teacher}, a head {config.ratio} times smaller, in points: {', '.join(changes)}.")
         for name in (NATIVE, NATIVE_LABELS):
             others = [other for other in (*UNTAUGHT, *TAUGHT) if other not in (NATIVE, NATIVE_LABELS)]
-            changes = [f"{other} {spread(gains(results, name, other, teacher), 1, sign='+')}" for other in others]
+            changes = [f"{other} {spread(gains(results, name, other, teacher), 1, signed=True)}" for other in others]
             lines.append(f"{teacher}, {name} against others, in points: {', '.join(changes)}.")
     return lines
 

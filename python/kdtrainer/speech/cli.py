@@ -1,0 +1,99 @@
+"""The options of `speech`, and what its errors become."""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from kdtrainer.numbers import number
+from kdtrainer.speech.config import LABELS, LESSONS, TEACHERS, Config
+
+QUICK = Config(train=250, test=100, clean=150, labels=50, teacher_steps=60, base_steps=60, steps=30)
+
+
+def add_speech(experiments: Any) -> None:
+    parser = experiments.add_parser(
+        "speech",
+        help="an ensemble of speech recognisers into one frozen encoder with adapters",
+        description="Train CTC recognisers of several architectures on connected words that espeak-ng says in many "
+        "voices with noise (or on --data), and distil them into a small encoder that knows plain voices without noise: "
+        "it is frozen, and low-rank adapters and projectors alone are trained, on a few texts and on what the teachers "
+        "say of all utterances. Every way to do so is a row of one table, against no distillation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    d, count, weight = Config(), number(int, 1), number(float, 0.0)
+    add = parser.add_argument
+
+    def size(name: str, **options: Any) -> None:
+        """Of a default that --quick changes."""
+        field = name.removeprefix("--").replace("-", "_")
+        shown = f"{options.pop('help')} (default: {getattr(d, field)}, --quick: {getattr(QUICK, field)})"
+        add(name, type=count, default=argparse.SUPPRESS, help=shown, **options)
+
+    add("--out", type=Path, default=Path("runs/speech"), metavar="DIR", help="a fresh run replaces one that is there")
+    add("--resume", action="store_true", help="go on from the checkpoints in DIR, to the same bits")
+    add("--quick", action="store_true", help="less of everything, to see it work; error rates will be high")
+    add("--data", metavar="DIR", help="recordings in LibriSpeech's layout in place of espeak-ng's utterances")
+    add("--cache", type=Path, default=Path("runs/speech-cache"), metavar="DIR", help="of utterances, for all runs")
+    add("--seed", type=number(int, 0), default=d.seed, help="of utterances, teachers and the first students")
+    add("--seeds", type=count, default=3, metavar="COUNT", help="students of each kind, in one table")
+    add("--teachers", type=names(TEACHERS, 2), default=",".join(d.teachers), metavar="NAMES", help=",".join(TEACHERS))
+    add("--compare", type=names(LESSONS, 1), default=",".join(LESSONS), metavar="ROWS", help="of the table")
+    size("--train", metavar="COUNT", help="utterances that the teachers hear with text")
+    size("--test", metavar="COUNT", help="utterances of other voices; with --data, its part of all is --test/--train")
+    size("--clean", metavar="COUNT", help="utterances without noise, for the base")
+    size("--labels", metavar="COUNT", help="utterances that the students hear with text")
+    size("--teacher-steps", metavar="STEPS", help="of each teacher")
+    size("--base-steps", metavar="STEPS", help="of each base")
+    size("--steps", help="of each student")
+    add("--batch", type=count, default=d.batch, help="utterances in a step")
+    add(
+        "--labelled-batch", type=count, default=d.labelled_batch, metavar="BATCH", help="with text, of a student's step"
+    )
+    rate = number(float, 0.0, above=True)
+    add("--teacher-rate", type=rate, default=d.teacher_rate, metavar="RATE", help="of teachers and base, at most")
+    add("--rate", type=rate, default=d.rate, help="of the students, at most")
+    add("--lora-rank", type=count, default=d.lora_rank, metavar="R", help="of the adapters")
+    add("--embedding-width", type=count, default=d.embedding_width, metavar="D", help="of the shared spaces")
+    add("--alignment-weight", type=weight, default=d.alignment_weight, metavar="WEIGHT", help="beside the CTC loss")
+    add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="likewise")
+    add("--temperature", type=rate, default=d.temperature, help="of the soft targets")
+    add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the losses and of LoRA")
+    add("--threads", type=count, default=d.threads, help="of torch, in each process")
+    add("--workers", type=count, metavar="COUNT", help="processes (default: the cores that are free to use)")
+    add("--checkpoint-every", type=count, default=50, metavar="STEPS", help="and at the end of each model")
+
+
+def names(known: Any, least: int) -> Any:
+    """Parses some of the known names, in their order."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not known, must be of {', '.join(known)}")
+        if len(set(chosen)) < len(chosen) or len(chosen) < least:
+            raise argparse.ArgumentTypeError(f"must name at least {least}, each once")
+        return chosen
+
+    return parse
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def speech(chosen: argparse.Namespace) -> None:
+    """Run it. Raises what `run` raises."""
+    from kdtrainer.speech import run  # not above: it needs packages that are looked for first
+
+    fields = {field.name for field in dataclasses.fields(Config)}
+    values = {name: value for name, value in vars(chosen).items() if name in fields}
+    lessons = tuple(name for name in LESSONS if name in {LABELS, *chosen.compare})
+    workers = chosen.workers or max(cores() // chosen.threads, 1)
+    options = run.Options(
+        chosen.out, chosen.cache, chosen.resume, chosen.seeds, lessons, workers, chosen.checkpoint_every
+    )
+    run.run(dataclasses.replace(QUICK if chosen.quick else Config(), **values), options)

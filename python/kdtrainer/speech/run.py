@@ -1,0 +1,268 @@
+"""The experiment: utterances, teachers, for each seed a base, and a student of it for each lesson."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from kdtrainer import checkpoint, metrics
+from kdtrainer.errors import RunError
+from kdtrainer.metrics import MetricsLog
+from kdtrainer.report import ProgressBar, progress_bar
+from kdtrainer.serving import serving_backend
+from kdtrainer.speech import corpus, folder, models, report
+from kdtrainer.speech.config import LESSONS, MOST_SHARE, Config
+from kdtrainer.speech.corpus import Source, Utterances
+from kdtrainer.speech.distill import Taught, error_rate, labels_task, student_of, student_task, taught_by
+from kdtrainer.speech.models import Recogniser
+from kdtrainer.speech.pool import OnStep, Watch, prepare, run_all
+from kdtrainer.train import Task, cosine, fit
+
+BASE = "base"
+RISING = 0.1  # share of the steps in which the learning rate rises
+LARGEST_GRADIENT = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What does not change the numbers of a model."""
+
+    out: Path
+    cache: Path
+    resume: bool
+    seeds: int
+    lessons: tuple[str, ...]
+    workers: int
+    checkpoint_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The files of each; all of them are in the cache."""
+
+    train: tuple[Path, ...]
+    test: tuple[Path, ...]
+    clean: tuple[Path, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One model to train. A teacher has no seed in its name: all students have the same teachers."""
+
+    name: str  # of a teacher, BASE, or of a lesson
+    config: Config
+    options: Options
+    splits: Splits
+
+    @property
+    def task(self) -> str:
+        return task_name(self.config, self.name)
+
+    @property
+    def path(self) -> Path:
+        return path_of(self.options.out, self.task)
+
+    @property
+    def steps(self) -> int:
+        counts = {BASE: self.config.base_steps} | dict.fromkeys(models.TEACHERS, self.config.teacher_steps)
+        return counts.get(self.name, self.config.steps)
+
+
+def task_name(config: Config, name: str) -> str:
+    return f"teacher-{name}" if name in models.TEACHERS else f"seed{config.student_seed}-{name}"
+
+
+def path_of(out: Path, task: str) -> Path:
+    return out / "checkpoints" / f"{task}.safetensors"
+
+
+def log_of(out: Path, task: str) -> Path:
+    return out / "metrics" / f"{task}.jsonl"
+
+
+def run(config: Config, options: Options) -> None:
+    """Train, and write the report. Raises RunError when it cannot start or go on, `train.Interrupted` after Ctrl-C."""
+    config = dataclasses.replace(config, backend=serving_backend(config.backend), student_seed=config.seed)
+    prepare(config.threads)
+    check(config, options)
+    sources = sources_of(config)
+    splits = Splits(*(tuple(source.path(options.cache) for source in part) for part in sources))
+    clear_or_check(config, options)
+    configs = [dataclasses.replace(config, student_seed=config.seed + k) for k in range(options.seeds)]
+
+    def jobs(names: Sequence[str], configs: Sequence[Config]) -> list[Job]:
+        return [Job(name, each, options, splits) for each in configs for name in names]
+
+    stages = [jobs(config.teachers, [config]), jobs([BASE], configs), jobs(options.lessons, configs)]
+    with progress_bar() as bar:
+        make_data(config, options, [source for part in sources for source in part], bar)
+        check_data(config, data(splits.train), data(splits.test))
+        for title, stage in zip(("teachers", "bases", "students"), stages, strict=True):
+            on_steps = bar.tasks(title, [job.steps for job in stage])
+            run_all(train, stage, options.workers, config.threads, on_steps)
+    conclude(config, options, splits, [job for stage in stages for job in stage])
+
+
+def check(config: Config, options: Options) -> None:
+    """Raise RunError where options do not go together."""
+    if config.labels > config.train and config.data is None:
+        raise RunError(f"--labels is {config.labels}, but must be at most --train, {config.train}")
+    teachers = sum(p.numel() for name in config.teachers for p in models.TEACHERS[name]().parameters())
+    for name in options.lessons:
+        share = student_of(config.teachers, LESSONS[name], config) / teachers
+        if share >= MOST_SHARE:
+            raise RunError(
+                f"the student {name} would train {share:.2%} of its teachers' parameters, but must train less than "
+                f"{MOST_SHARE:.0%}: give a smaller --lora-rank or --embedding-width, or more --teachers"
+            )
+    one = config.teachers[0]
+    if any(LESSONS[name].projector == "none" for name in options.lessons):
+        widths = models.TEACHERS[one]().widths
+        if widths != models.student().widths:
+            raise RunError(f"--compare hidden-mse-one needs a first teacher of the student's width, and {one} is none")
+
+
+def sources_of(config: Config) -> tuple[list[Source], list[Source], list[Source]]:
+    """To train, to test and without noise: espeak-ng's, or the user's, of which each seed holds back others."""
+    clean = corpus.synthetic("clean", config.clean, config.seed)
+    if config.data is None:
+        train = corpus.synthetic("train", config.train, config.seed)
+        return train, corpus.synthetic("test", config.test, config.seed), clean
+    found = folder.recordings(Path(config.data))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(config.seed_of("held back"))).tolist()
+    held = max(round(len(found) * config.test / (config.train + config.test)), 1)
+    test, train = (corpus.sources("own", [found[k] for k in sorted(part)]) for part in (order[:held], order[held:]))
+    return train, test, clean
+
+
+def check_data(config: Config, train: Utterances, test: Utterances) -> None:
+    """Raise RunError where the user's own are too few."""
+    if len(train) < config.labels or not len(test):
+        raise RunError(
+            f"--data {config.data} has {len(train)} utterances to train and {len(test)} to test that are long enough "
+            f"for their text, but must have at least {config.labels} (--labels) and 1"
+        )
+
+
+def clear_or_check(config: Config, options: Options) -> None:
+    """Clear the folder for a fresh run, or check that it can go on."""
+    found = sorted((options.out / "checkpoints").glob("*.safetensors"))
+    if not options.resume:
+        for path in (*found, *(options.out / "metrics").glob("*.jsonl")):
+            path.unlink()
+        return
+    if not found:
+        print(f"no checkpoint in {options.out}: the run starts from the beginning")
+    for path in found:
+        seed = path.name.partition("-")[0].removeprefix("seed")
+        own = int(seed) if seed.isdigit() else config.seed
+        checkpoint.check_config(path, dataclasses.replace(config, student_seed=own))
+        checkpoint.read(path)  # whole, before anything is written
+
+
+def make_data(config: Config, options: Options, wanted: Sequence[Source], bar: ProgressBar) -> None:
+    """What the cache lacks."""
+    on_steps = bar.tasks("utterances", [len(source.made_from) for source in wanted])
+    missing = [k for k, source in enumerate(wanted) if not corpus.is_whole(source.path(options.cache))]
+    for k in set(range(len(wanted))) - set(missing):
+        on_steps[k](len(wanted[k].made_from), None)
+    jobs = [(wanted[k], options.cache) for k in missing]
+    run_all(make, jobs, options.workers, config.threads, [on_steps[k] for k in missing])
+
+
+def make(job: tuple[Source, Path], on_step: OnStep, interruptions: Watch) -> None:
+    source, cache = job
+    corpus.make(source, cache)
+    on_step(len(source.made_from), None)
+
+
+@lru_cache(3)
+def data(paths: tuple[Path, ...]) -> Utterances:
+    """Read once in each process."""
+    return corpus.load(paths)
+
+
+def train(job: Job, on_step: OnStep, interruptions: Watch) -> None:
+    """From the job's checkpoint, or from the start where there is none, to its last step."""
+    torch.manual_seed(job.config.seed_of("weights"))
+    task = task_of(job)
+    done = checkpoint.progress(job.path).metrics_bytes if job.path.exists() else 0
+    log = MetricsLog(log_of(job.options.out, job.task), done)
+    torch.manual_seed(job.config.seed_of("batches"))
+    try:
+        fit(
+            task,
+            job.config,
+            job.path,
+            log,
+            job.options.checkpoint_every,
+            on_step,
+            task.steps,
+            schedule=lambda share: min(share / RISING + 0.01, 1.0) * cosine(share),
+            largest_gradient=LARGEST_GRADIENT,
+            interruptions=interruptions,
+        )
+    finally:
+        log.close()
+
+
+def task_of(job: Job) -> Task:
+    config, test = job.config, data(job.splits.test)
+    if job.name in models.TEACHERS:
+        heard, teacher = data(job.splits.train), models.TEACHERS[job.name]()
+        return labels_task(job.task, teacher, heard, test, config.teacher_steps, config.batch, config.teacher_rate)
+    if job.name == BASE:
+        clean = data(job.splits.clean)
+        return labels_task(
+            job.task, models.student(), clean, test, config.base_steps, config.batch, config.teacher_rate
+        )
+    base = trained(models.student(), path_of(job.options.out, task_name(config, BASE)))
+    lesson = LESSONS[job.name]
+    taught = all_taught(dataclasses.replace(config, student_seed=config.seed), job.options.out, job.splits.train)
+    return student_task(job.task, lesson, base, data(job.splits.train), test, taught, config)
+
+
+def trained(model: Recogniser, path: Path) -> Recogniser:
+    """With the weights of a checkpoint."""
+    model.load_state_dict(checkpoint.weights(path))
+    return model
+
+
+@lru_cache(1)
+def all_taught(config: Config, out: Path, paths: tuple[Path, ...]) -> dict[str, Taught]:
+    """Computed once in each process."""
+    heard = data(paths)
+    return {name: taught_by(teacher_of(config, out, name), heard) for name in config.teachers}
+
+
+def teacher_of(config: Config, out: Path, name: str) -> Recogniser:
+    return trained(models.TEACHERS[name](), path_of(out, task_name(config, name)))
+
+
+def conclude(config: Config, options: Options, splits: Splits, jobs: Sequence[Job]) -> None:
+    """Table, report.json, metrics.jsonl and plot."""
+    from kdtrainer.speech import plots  # not above: it needs a while to load
+
+    lines = {job.task: log_of(options.out, job.task).read_bytes() for job in jobs}
+    checkpoint.write_atomically(options.out / "metrics.jsonl", b"".join(lines.values()))
+    records = metrics.read(options.out / "metrics.jsonl")
+    rows = [row_of(job, records[job.task][-1]["word_error_rate"]) for job in jobs]
+    teachers = [teacher_of(config, options.out, name) for name in config.teachers]
+    ensemble = error_rate(teachers, data(splits.test))
+    found = report.results(config, rows, ensemble)
+    report.write(options.out / "report.json", found, options.seeds)
+    plots.error_rates(found, options.out / "error_rates.png")
+    report.show(found, options.seeds, options.out)
+
+
+def row_of(job: Job, error_rate: float) -> report.Row:
+    """Parameters are counted on a model like the one that was trained."""
+    seconds = checkpoint.progress(job.path).seconds
+    if job.name in LESSONS:
+        count = student_of(job.config.teachers, LESSONS[job.name], job.config)
+    else:
+        built = models.student() if job.name == BASE else models.TEACHERS[job.name]()
+        count = sum(p.numel() for p in built.parameters())
+    return report.Row(job.name, job.config.student_seed, count, error_rate, seconds)
