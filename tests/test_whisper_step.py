@@ -18,8 +18,10 @@ import kdkernels as kd
 from kdkernels.integrations import peft as integration
 from kdkernels.integrations.peft import AcceleratedLinear
 from kdkernels.nn import projection_alignment
-from kdtrainer import cli, step, whisper
+from kdtrainer import cli
 from kdtrainer.config import PHASES, StepConfig
+from kdtrainer.whisper import pair as whisper
+from kdtrainer.whisper import step
 
 TOY = whisper.Shape("toy", 16, 2, 1, 2, 32, 50, 4, 12, 5, 2, 0.1)
 SMALL = ("--threads", "1", "--batch", "2", "--dimension", "32", "--steps", "2")

