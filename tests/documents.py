@@ -23,8 +23,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Numbers of a page whose code is of a real size, and what stands in their place when it runs here.
 SMALLER = {"README.md": {"64, 100, ": "2, 10, ", "51865": "1001"}}
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INCLUDED = re.compile(r'^--8<-- "(.+)"$')  # a file of the repository
+FENCE = re.compile(r"^```(?: \{ \.)?(\w*)(?: \})?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INCLUDED = re.compile(r'^--8<-- "(.+)"$')  # a file of the repository; in { .python }, which ruff does not format
 COMMAND = re.compile(r"`((?:[A-Z_]+=\S+ )?(?:python|make|pip|torchrun) [^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 

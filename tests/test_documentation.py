@@ -78,7 +78,7 @@ def test_sizes_that_are_made_smaller_are_there():
     [
         ("text\n\n```python\nx = 1\n```\n\n```python\n\nx.y\n```\n", "page.md:9: AttributeError"),
         ("```python\nx = = 1\n```\n", "page.md:2: SyntaxError"),
-        ('```python\n--8<-- "examples/none.py"\n```\n', "page.md:2: there is no examples/none.py"),
+        ('``` { .python }\n--8<-- "examples/none.py"\n```\n', "page.md:2: there is no examples/none.py"),
     ],
 )
 def test_code_that_fails_is_named_by_page_and_line(text, message, tmp_path):
