@@ -9,10 +9,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 SOURCES := $(shell find csrc -type f)
 OUT ?= out
 
-.PHONY: setup demo test bench lint format gpu clean
+.PHONY: setup demo test bench docs wheel lint format gpu clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,17 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m kdkernels bench --json $(OUT)/bench.json --png $(OUT)/bench.png
+
+# Needs no compiler: the pages import nothing.
+$(DOCS): $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check mkdocs-material
+	@touch $@
+
+docs: $(DOCS)
+	$(RUN) -m mkdocs build --strict --site-dir $(OUT)/docs
+
+wheel: $(VENV)/bin/python
+	$(RUN) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir $(OUT)/wheels .
 
 lint: $(DEV)
 	$(RUN) -m ruff check .

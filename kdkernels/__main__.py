@@ -13,16 +13,21 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m kdkernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Of every command; `run` of what it parses carries it out."""
+    top = argparse.ArgumentParser(prog="python -m kdkernels", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
     for name, summary in COMMANDS.items():
         module = import_module(f"kdkernels.cli.{name.replace('-', '_')}")
         subparser = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run the command; returns its exit code."""
+    arguments = parser().parse_args(argv)
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
