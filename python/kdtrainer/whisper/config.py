@@ -14,7 +14,7 @@ class Config:
     test: int = 40
     seconds: int = 8  # that are heard of each, instead of 30
     layers: int = 2  # of the student's encoder, and of its decoder
-    rank: int = 16
+    rank: int = 8
     dropout: float = 0.1
     dimension: int = 1280  # D
     alignment_weight: float = 1.0

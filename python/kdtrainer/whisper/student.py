@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import warnings
 import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -214,7 +215,9 @@ def written(model: WhisperForConditionalGeneration, heard: Tensor, tokenizer: An
     cache, new = EncoderDecoderCache(DynamicCache(), DynamicCache()), tokens
     ended = torch.zeros(len(heard), dtype=torch.bool)
     while not ended.all() and tokens.shape[1] < most:
-        states = model.model.decoder(new, encoder_hidden_states=encoder, past_key_values=cache, use_cache=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the argument's next name is not in all versions
+            states = model.model.decoder(new, encoder_hidden_states=encoder, past_key_values=cache, use_cache=True)
         new = F.linear(states.last_hidden_state[:, -1:], whisper.head(model)).argmax(-1)
         ended |= new.squeeze(1) == pretrained.END
         tokens = torch.cat([tokens, new], 1)
