@@ -23,10 +23,10 @@ class Config:
     projection: str = "johnson_lindenstrauss"  # of the student's space
     labels: int = 10  # labelled examples per class that the student sees
     examples: int = 0  # to train on, at most; 0: all
-    teacher_steps: int = 600
-    head_steps: int = 600
-    steps: int = 600  # of every student
-    alignment_weight: float = 1.0  # beside labels
+    teacher_steps: int = 500
+    head_steps: int = 400
+    steps: int = 500  # of every student
+    alignment_weight: float = 10.0  # beside labels
     soft_targets: float = 1.0  # likewise
     temperature: float = 2.0
     backend: str = "auto"  # once a run has started: the one that `auto` became

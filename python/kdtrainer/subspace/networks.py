@@ -27,7 +27,7 @@ class CNN(nn.Module):
 class ViT(nn.Module):
     """(N, c, side, side) -> (N, d): patches are tokens, and their mean goes through a hidden layer (pre-logits)."""
 
-    def __init__(self, channels: int, side: int, d: int, width: int = 64, layers: int = 3, heads: int = 4) -> None:
+    def __init__(self, channels: int, side: int, d: int, width: int = 64, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
         patch = side // GRID
         self.embed = nn.Conv2d(channels, width, patch, patch)

@@ -71,7 +71,7 @@ def gains(results: Results, name: str, baseline: str, teacher: str) -> list[floa
 def meaning(name: str, config: Config, classes: int) -> str:
     if name in MEANINGS:
         return MEANINGS[name].format(few=classes * config.labels)
-    return f"the same, of {name.rpartition('-')[-1]} times fewer features"
+    return f"the same, of {name.rpartition('-')[2]} times fewer features"
 
 
 def show(config: Config, classes: int, results: Results, out: Path) -> None:

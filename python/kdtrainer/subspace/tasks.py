@@ -18,7 +18,7 @@ from kdtrainer.subspace.examples import Examples
 from kdtrainer.train import Task
 
 TEACHER_BATCH, HEAD_BATCH, LABELLED_BATCH, DISTILLED_BATCH = 128, 256, 32, 128
-TEACHER_RATE, HEAD_RATE, STUDENT_RATE = 2e-3, 3e-3, 5e-3
+TEACHER_RATE, HEAD_RATE, STUDENT_RATE = 2e-3, 3e-2, 5e-3
 EVALUATED = 500  # examples at a time
 LABELS, ALL_LABELS = "labels", "labels-all"
 FEATURES, REUSED, SOFT_TARGETS = "features", "features-head", "soft-targets"
