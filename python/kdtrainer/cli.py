@@ -29,7 +29,12 @@ NEEDED = {  # the extra that has them, and module: package
     "whisper-step": ("whisper", WHISPER_NEEDS | BOTH_NEED),
     "report": ("trainer", BOTH_NEED),
 }
-PUBLISHERS = {"compress": "kdtrainer.compress.report", "whisper": "kdtrainer.whisper.student"}
+PUBLISHERS = {  # of a recipe's report.json, by its `publish`
+    "compress": "kdtrainer.compress.report",
+    "speech": "kdtrainer.speech.report",
+    "subspace": "kdtrainer.subspace.report",
+    "whisper": "kdtrainer.whisper.student",
+}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 DONE, OVER_BUDGET, REFUSED, INTERRUPTED = 0, 1, 2, 130
 

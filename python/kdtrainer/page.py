@@ -30,13 +30,14 @@ class Table:
     rows: Sequence[Sequence[str]]
     words: int = 1
     bold: Sequence[str] = ()  # rows, by their first cell
+    ends: Sequence[str] = ()  # likewise, of those below which a section ends
 
     def for_terminal(self) -> rich_table.Table:
         shown = rich_table.Table(title=self.title, title_justify="left", box=box.SIMPLE)
         for k, name in enumerate(self.columns):
             shown.add_column(name, justify="left" if k < self.words else "right")
         for row in self.rows:
-            shown.add_row(*row, style="bold" if row[0] in self.bold else "")
+            shown.add_row(*row, style="bold" if row[0] in self.bold else "", end_section=row[0] in self.ends)
         return shown
 
     def for_page(self) -> str:

@@ -1,21 +1,16 @@
-"""What `speech` tells: a table of all recognisers, each lesson against none over the same seeds, and report.json."""
+"""What `speech` tells: a table of all recognisers, each lesson against none over the same seeds; from report.json."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich import box
-from rich.table import Table
-
-import kdkernels
-from kdtrainer.checkpoint import write_atomically
-from kdtrainer.page import console, spread
+from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
 from kdtrainer.speech import models
 from kdtrainer.speech.config import LABELS, LESSONS, Config
+
+RECIPE, TITLE = "speech", "An ensemble of recognisers into one student of adapters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +60,15 @@ def rates(rows: Sequence[Row]) -> list[float]:
     return [row.word_error_rate for row in rows]
 
 
-def show(found: Results, seeds: int, out: Path) -> None:
+def page(found: Results, seeds: int) -> Page:
+    """Table and remarks."""
     config = found.config
     several = f", mean ± standard deviation over {seeds} seeds of the students" if seeds > 1 else ""
     said = "espeak-ng's utterances" if config.data is None else config.data
-    table = Table(title=f"{said}, backend {config.backend}{several}", title_justify="left", box=box.SIMPLE)
-    for name in ("model", "learns from"):
-        table.add_column(name)
-    for name in ("trained parameters", "word error rate, %", "against labels", "training, s"):
-        table.add_column(name, justify="right")
+    cells: list[list[str]] = []
 
     def add(name: str, meaning: str, count: int, found: Sequence[float], against: str, seconds: str) -> None:
-        style = "bold" if name == "both" else ""
-        table.add_row(name, meaning, f"{count:,}", spread(found, 1, 100), against, seconds, style=style)
+        cells.append([name, meaning, f"{count:,}", spread(found, 1, 100), against, seconds])
 
     for row in found.teachers:
         add(row.name, "teacher, all texts", row.trained_parameters, [row.word_error_rate], "", f"{row.seconds:.0f}")
@@ -89,11 +80,10 @@ def show(found: Results, seeds: int, out: Path) -> None:
         against = "" if differences is None else spread(differences, 1, 100, signed=True)
         meaning, count = LESSONS[name].meaning(), rows[0].trained_parameters
         add(name, meaning, count, rates(rows), against, seconds_of(rows))
-    terminal = console()
-    terminal.print(table)
-    for line in remarks(found):
-        terminal.print(line, highlight=False)
-    terminal.print(f"report.json, metrics.jsonl, error_rates.png and checkpoints are in {out}", highlight=False)
+    columns = ("trained parameters", "word error rate, %", "against labels", "training, s")
+    title = f"{said}, backend {config.backend}{several}"
+    table = Table(title, ("model", "learns from", *columns), cells, words=2, bold=("both",))
+    return Page(TITLE, [table], remarks(found), pictures=("error_rates.png",))
 
 
 def remarks(found: Results) -> list[str]:
@@ -111,8 +101,8 @@ def seconds_of(rows: Sequence[Row]) -> str:
     return f"{statistics.fmean(row.seconds for row in rows):.1f}"
 
 
-def write(path: Path, found: Results, seeds: int) -> None:
-    """Everything the table says, as JSON, with the versions it was found with."""
+def write(out: Path, found: Results, seeds: int) -> None:
+    """report.json: everything that the page says, and what it was found with."""
     students = {}
     for name, rows in found.students.items():
         lesson = {**dataclasses.asdict(LESSONS[name]), "meaning": LESSONS[name].meaning()}
@@ -123,12 +113,28 @@ def write(path: Path, found: Results, seeds: int) -> None:
             "against_labels": found.differences(name),
         }
     content: dict[str, Any] = {
+        **origin(RECIPE),
         "config": found.config.as_json(),
         "seeds": seeds,
         "teachers": [dataclasses.asdict(row) for row in found.teachers],
         "ensemble": {"parameters": found.teachers_parameters, "word_error_rate": found.ensemble},
         "base": [dataclasses.asdict(row) for row in found.base],
         "students": students,
-        "versions": {"kdkernels": kdkernels.__version__, "torch": torch.__version__},
     }
-    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
+    write_json(out, content)
+
+
+def publish(out: Path) -> None:
+    """Picture, report.md and the table, from report.json."""
+    from kdtrainer.speech import plots  # not above: it needs a while to load
+
+    content = read_json(out)
+    with parsing(out):
+        config = Config(**{**content["config"], "teachers": tuple(content["config"]["teachers"])})
+        teachers, base = ([Row(**row) for row in content[name]] for name in ("teachers", "base"))
+        students = {name: [Row(**row) for row in each["rows"]] for name, each in content["students"].items()}
+        found = Results(config, teachers, content["ensemble"]["word_error_rate"], base, students)
+        told = page(found, content["seeds"])
+    plots.error_rates(found, out / "error_rates.png")
+    told.write(out / "report.md", content)
+    told.show(out)

@@ -243,8 +243,6 @@ def teacher_of(config: Config, out: Path, name: str) -> Recogniser:
 
 def conclude(config: Config, options: Options, splits: Splits, jobs: Sequence[Job]) -> None:
     """Table, report.json, metrics.jsonl and plot."""
-    from kdtrainer.speech import plots  # not above: it needs a while to load
-
     lines = {job.task: log_of(options.out, job.task).read_bytes() for job in jobs}
     checkpoint.write_atomically(options.out / "metrics.jsonl", b"".join(lines.values()))
     records = metrics.read(options.out / "metrics.jsonl")
@@ -252,9 +250,8 @@ def conclude(config: Config, options: Options, splits: Splits, jobs: Sequence[Jo
     teachers = [teacher_of(config, options.out, name) for name in config.teachers]
     ensemble = error_rate(teachers, data(splits.test))
     found = report.results(config, rows, ensemble)
-    report.write(options.out / "report.json", found, options.seeds)
-    plots.error_rates(found, options.out / "error_rates.png")
-    report.show(found, options.seeds, options.out)
+    report.write(options.out, found, options.seeds)
+    report.publish(options.out)
 
 
 def row_of(job: Job, error_rate: float) -> report.Row:

@@ -1,23 +1,17 @@
-"""What `subspace` tells: a table of all models over all seeds, and report.json."""
+"""What `subspace` tells: a table of all models over all seeds; from report.json."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich import box
-from rich.table import Table
-
-import kdkernels
 from kdkernels.nn.subspace_head import PROJECTIONS
-from kdtrainer.checkpoint import write_atomically
-from kdtrainer.page import console, spread
+from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
 from kdtrainer.subspace import tasks
 from kdtrainer.subspace.config import FULL, RATIOS, Config
 from kdtrainer.subspace.tasks import NATIVE, NATIVE_LABELS, TAUGHT, UNTAUGHT, key
 
+RECIPE, TITLE = "subspace", "Heads and students in a subspace of a teacher's features"
 TEACHER = "teacher"
 MEANINGS = {
     TEACHER: "all labels",
@@ -74,31 +68,21 @@ def meaning(name: str, config: Config, classes: int) -> str:
     return f"the same, of {name.rpartition('-')[2]} times fewer features"
 
 
-def show(config: Config, classes: int, results: Results, out: Path) -> None:
+def page(config: Config, classes: int, results: Results) -> Page:
+    """Table and remarks."""
     several = f", mean ± standard deviation over {len(results)} seeds" if len(results) > 1 else ""
     title = f"{config.data}: test accuracy in %, d/k of the students {config.ratio}, {config.projection}{several}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for name in ("model", "trained on"):
-        table.add_column(name)
-    table.add_column("stored", justify="right")
-    for teacher in config.teachers:
-        table.add_column(teacher, justify="right")
+    cells = []
     for name in names(config):
         found = [rows_of(results, name, teacher) for teacher in config.teachers]
         if not any(found):
             continue  # a teacher that was not trained here
         sizes = sorted({row.stored for rows in found for row in rows})
-        cells = [name, meaning(name, config, classes), " / ".join(f"{size:,}" for size in sizes)]
-        cells += [spread([row.accuracy for row in rows], 1, 100) for rows in found]
-        style = "bold" if name in (NATIVE, NATIVE_LABELS) else ""
-        table.add_row(*cells, style=style, end_section=name in (FULL, key(PROJECTIONS[-1], RATIOS[-1])))
-    terminal = console()
-    terminal.print(table)
-    for line in remarks(config, results):
-        terminal.print(line, highlight=False)
-    terminal.print(
-        f"report.json, metrics.jsonl, curves.png, students.png and checkpoints are in {out}", highlight=False
-    )
+        cells.append([name, meaning(name, config, classes), " / ".join(f"{size:,}" for size in sizes)])
+        cells[-1] += [spread([row.accuracy for row in rows], 1, 100) for rows in found]
+    columns, ends = ("model", "trained on", "stored", *config.teachers), (FULL, key(PROJECTIONS[-1], RATIOS[-1]))
+    table = Table(title, columns, cells, words=2, bold=(NATIVE, NATIVE_LABELS), ends=ends)
+    return Page(TITLE, [table], remarks(config, results), pictures=("curves.png", "students.png"))
 
 
 def remarks(config: Config, results: Results) -> list[str]:
@@ -117,12 +101,30 @@ def remarks(config: Config, results: Results) -> list[str]:
     return lines
 
 
-def write(path: Path, config: Config, results: Results) -> None:
-    """Everything the table says, as JSON, with the versions it was found with."""
+def write(out: Path, config: Config, classes: int, results: Results) -> None:
+    """report.json: everything that the page says, and what it was found with."""
     models = {
         teacher: {name: [dataclasses.asdict(row) for row in rows_of(results, name, teacher)] for name in names(config)}
         for teacher in config.teachers
     }
-    content: dict[str, Any] = {"config": config.as_json(), "seeds": len(results), "models": models}
-    content["versions"] = {"kdkernels": kdkernels.__version__, "torch": torch.__version__}
-    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
+    content: dict[str, Any] = {**origin(RECIPE), "config": config.as_json(), "classes": classes}
+    write_json(out, content | {"seeds": len(results), "models": models})
+
+
+def publish(out: Path) -> None:
+    """Pictures, report.md and the table, from report.json."""
+    from kdtrainer.subspace import plots  # not above: it needs a while to load
+
+    content = read_json(out)
+    with parsing(out):
+        config = Config(**{**content["config"], "teachers": tuple(content["config"]["teachers"])})
+        by_seed: dict[int, dict[Row, None]] = {}  # a student without a teacher stands there beside every one
+        for found in content["models"].values():
+            for row in (Row(**each) for rows in found.values() for each in rows):
+                by_seed.setdefault(row.seed, {})[row] = None
+        results = [list(rows) for rows in by_seed.values()]
+        told = page(config, content["classes"], results)
+    plots.curves(config, results, out / "curves.png")
+    plots.students(config, results, out / "students.png")
+    told.write(out / "report.md", content)
+    told.show(out)

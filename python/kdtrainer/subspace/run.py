@@ -13,7 +13,7 @@ from kdtrainer.data import few_of_each_class
 from kdtrainer.errors import RunError
 from kdtrainer.report import ProgressBar, progress_bar
 from kdtrainer.serving import serving_backend
-from kdtrainer.subspace import minilm, networks, plots, report, tasks
+from kdtrainer.subspace import minilm, networks, report, tasks
 from kdtrainer.subspace.config import IMAGE_TEACHERS, TEXT_TEACHERS, WORDNET, Config
 from kdtrainer.subspace.examples import Examples, load
 from kdtrainer.subspace.report import Row
@@ -54,10 +54,8 @@ def run(config: Config, options: Options) -> None:
             results = [SeedRun(each, options, examples, pretrained, log, bar).rows() for each in seeds]
     finally:
         log.close()
-    report.write(options.out / "report.json", config, results)
-    plots.curves(config, results, options.out / "curves.png")
-    plots.students(config, results, options.out / "students.png")
-    report.show(config, examples.classes, results, options.out)
+    report.write(options.out, config, examples.classes, results)
+    report.publish(options.out)
 
 
 def check_teachers(config: Config) -> None:
