@@ -150,7 +150,7 @@ def test_a_report_that_cannot_be_made_says_why(tmp_path, capsys):
     assert "holds no finished run" in refused()
     assert "is damaged" in refused('{"recipe": "comp')
     assert "does not say which recipe" in refused("[]")
-    assert "is of 'other', but must be of compress" in refused('{"recipe": "other"}')
+    assert "is of 'other', but must be of digits, compress" in refused('{"recipe": "other"}')
     assert "is damaged" in refused('{"recipe": "compress", "models": {}, "config": {"nonsense": 1}}')
 
 

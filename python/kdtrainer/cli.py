@@ -30,6 +30,7 @@ NEEDED = {  # the extra that has them, and module: package
     "report": ("trainer", BOTH_NEED),
 }
 PUBLISHERS = {  # of a recipe's report.json, by its `publish`
+    "digits": "kdtrainer.report",
     "compress": "kdtrainer.compress.report",
     "speech": "kdtrainer.speech.report",
     "subspace": "kdtrainer.subspace.report",

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from kdtrainer import checkpoint, data, metrics, models, plots, report
+from kdtrainer import checkpoint, data, metrics, models, report
 from kdtrainer.checkpoint import Progress
 from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import Config
 from kdtrainer.distill import LABELLED_BATCH, TEACHER_BATCH, ModelTask, distillation_task, labels_task
 from kdtrainer.errors import RunError
+from kdtrainer.progress import progress_bar
 from kdtrainer.serving import explanation, serving_backend
 from kdtrainer.train import fit
 
@@ -74,7 +75,7 @@ def train_all(config: Config, options: Options, digits: data.Digits, log: metric
     """Every task of the experiment, done, by its name; the teachers first."""
     done: dict[str, ModelTask] = {}
     everything = torch.arange(len(digits.train_images))
-    with report.progress_bar() as bar:
+    with progress_bar() as bar:
 
         def train(task: ModelTask) -> None:
             path = checkpoint_path(options.out, task.name)
@@ -112,7 +113,7 @@ def train_all(config: Config, options: Options, digits: data.Digits, log: metric
 
 
 def conclude(config: Config, options: Options, digits: data.Digits, done: dict[str, ModelTask]) -> bool:
-    """Evaluate, compare, and write the report: table, report.json and plots."""
+    """Evaluate, compare, and tell."""
     predicted = {name: models.probabilities(task.model, digits.test_images) for name, task in done.items()}
     progress = {name: checkpoint.progress(checkpoint_path(options.out, name)) for name in done}
     rows = [
@@ -137,10 +138,8 @@ def conclude(config: Config, options: Options, digits: data.Digits, done: dict[s
     rows.insert(len(teachers), ensemble)
     records = metrics.read(options.out / "metrics.jsonl")
     found = deviation_of_backends(options, records, done[DISTILLED].model) if options.compare else None
-    report.write(options.out / "report.json", config, rows, found)
-    plots.loss_curves(records, options.out / "loss.png")
-    plots.accuracy_bars(rows, config, options.out / "accuracy.png")
-    report.show(rows, config, options.out, found)
+    report.write(options.out, config, rows, found)
+    report.publish(options.out)
     return found is None or found.within_budget
 
 

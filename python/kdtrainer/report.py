@@ -1,24 +1,15 @@
-"""What a run tells the person who started it: progress while it trains, a table and report.json at the end."""
+"""What `digits` tells: a table of all models; from report.json and metrics.jsonl."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-import kdkernels
-from kdtrainer.checkpoint import write_atomically
+from kdtrainer import metrics
 from kdtrainer.compare import Deviation
 from kdtrainer.config import Config
-from kdtrainer.page import console
+from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
 
+RECIPE, TITLE = "digits", "An ensemble of teachers into one small student"
 MEANINGS = {
     "ensemble": "mean of the teachers' probabilities",
     "student": "{few} labels, no distillation",
@@ -40,33 +31,6 @@ class Row:
     seconds: float  # of training
 
 
-class ProgressBar:
-    """One line per task."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def task(self, name: str, steps: int) -> Callable[[int, float | None], None]:
-        """What to call with the number of steps done and the last loss, where there is one."""
-        shown = self._progress.add_task(name, total=steps, loss="")
-
-        def update(step: int, loss: float | None) -> None:
-            self._progress.update(shown, completed=step, loss="" if loss is None else f"loss {loss:.4f}")
-
-        return update
-
-    def tasks(self, name: str, steps: Sequence[int]) -> list[Callable[[int, float | None], None]]:
-        """One line for several tasks, and what to call for each of them."""
-        shown = self._progress.add_task(name, total=sum(steps), loss="")
-        done = [0] * len(steps)
-
-        def update(k: int, step: int, loss: float | None) -> None:
-            done[k] = step
-            self._progress.update(shown, completed=sum(done), loss="" if loss is None else f"loss {loss:.4f}")
-
-        return [partial(update, k) for k in range(len(steps))]
-
-
 @dataclasses.dataclass(frozen=True)
 class Adapters:
     """What `--lora-rank` left to train."""
@@ -86,20 +50,6 @@ def adapters(rows: Sequence[Row], config: Config) -> Adapters | None:
     return Adapters(config.lora_rank, trained, teachers, trained / teachers)
 
 
-@contextmanager
-def progress_bar(shown: bool = True) -> Iterator[ProgressBar]:
-    """A line for each task, if they are to be shown."""
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
-        yield ProgressBar(progress)
-
-
 def meaning(row: Row, config: Config) -> str:
     """What a model was trained on."""
     if row.name in config.teachers:
@@ -115,47 +65,67 @@ def lessons(config: Config) -> str:
     return " and ".join(name for name, weight in weights.items() if weight)
 
 
-def show(rows: Sequence[Row], config: Config, out: Path, found: Deviation | None) -> None:
-    table = Table(title=f"digits, seed {config.seed}, backend {config.backend}", title_justify="left", box=box.SIMPLE)
-    for name in ("model", "trained on"):
-        table.add_column(name)
-    for name in ("parameters", "test accuracy", "training"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        style = "bold" if row.name == "distilled" else ""
-        cells = (row.name, meaning(row, config), f"{row.parameters:,}", f"{row.accuracy:.1%}", f"{row.seconds:.1f} s")
-        table.add_row(*cells, style=style)
-    terminal = console()
-    terminal.print(table)
+def page(rows: Sequence[Row], config: Config, found: Deviation | None) -> Page:
+    """Table and remarks."""
+    cells = [
+        (row.name, meaning(row, config), f"{row.parameters:,}", f"{row.accuracy:.1%}", f"{row.seconds:.1f} s")
+        for row in rows
+    ]
+    columns = ("model", "trained on", "parameters", "test accuracy", "training")
+    title = f"digits, seed {config.seed}, backend {config.backend}"
+    table = Table(title, columns, cells, words=2, bold=("distilled",))
+    return Page(TITLE, [table], remarks(rows, config, found), pictures=("loss.png", "accuracy.png"))
+
+
+def remarks(rows: Sequence[Row], config: Config, found: Deviation | None) -> list[str]:
+    """What the table has no room for."""
     by_name = {row.name: row for row in rows}
     gain = by_name["distilled"].accuracy - by_name["student"].accuracy
-    terminal.print(f"Distillation changes the student's accuracy by {100 * gain:+.1f} points.")
+    lines = [f"Distillation changes the student's accuracy by {100 * gain:+.1f} points."]
     lora = adapters(rows, config)
     if lora is not None:
-        terminal.print(
+        lines.append(
             f"LoRA of rank {lora.rank} trains {lora.trained_parameters:,} parameters: {lora.share:.2%} of the "
             f"teachers' {lora.teachers_parameters:,}."
         )
     if found is not None:
         seconds = by_name["distilled"].seconds, by_name["distilled-reference"].seconds
         verdict = "within" if found.within_budget else "ABOVE"
-        terminal.print(
+        lines.append(
             f"{config.backend} against reference, over {config.steps} steps: loss deviates by {found.loss:.2g}, "
             f"final weights by {found.weights:.2g} (relative), {verdict} the budget of {found.budget:g}; "
             f"{seconds[0]:.1f} s against {seconds[1]:.1f} s, no measure of speed: the models are too small "
             "(`python -m kdtrainer whisper-step` times a larger pair)"
         )
-    terminal.print(f"report.json, metrics.jsonl, loss.png, accuracy.png and checkpoints are in {out}", highlight=False)
+    return lines
 
 
-def write(path: Path, config: Config, rows: Sequence[Row], found: Deviation | None) -> None:
-    """Everything the table says, as JSON, with the versions it was found with."""
+def write(out: Path, config: Config, rows: Sequence[Row], found: Deviation | None) -> None:
+    """report.json: everything that the page says, and what it was found with."""
     lora = adapters(rows, config)
     content = {
+        **origin(RECIPE),
         "config": config.as_json(),
         "models": [{**dataclasses.asdict(row), "trained_on": meaning(row, config)} for row in rows],
         "lora": None if lora is None else dataclasses.asdict(lora),
         "compare": None if found is None else {**dataclasses.asdict(found), "within_budget": found.within_budget},
-        "versions": {"kdkernels": kdkernels.__version__, "torch": torch.__version__},
     }
-    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
+    write_json(out, content)
+
+
+def publish(out: Path) -> None:
+    """Pictures, report.md and the table, from report.json and metrics.jsonl."""
+    from kdtrainer import plots  # not above: it needs a while to load
+
+    content = read_json(out)
+    names = [field.name for field in dataclasses.fields(Row)]
+    with parsing(out):
+        config = Config(**{**content["config"], "teachers": tuple(content["config"]["teachers"])})
+        rows = [Row(**{name: row[name] for name in names}) for row in content["models"]]
+        compared = dict(content["compare"] or {})
+        compared.pop("within_budget", None)
+        told = page(rows, config, Deviation(**compared) if compared else None)
+    plots.loss_curves(metrics.read(out / "metrics.jsonl"), out / "loss.png")
+    plots.accuracy_bars(rows, config, out / "accuracy.png")
+    told.write(out / "report.md", content)
+    told.show(out)

@@ -13,7 +13,7 @@ from kdtrainer.compress.ranks import Ranks
 from kdtrainer.compress.reductions import after_training, keeping, truncating
 from kdtrainer.compress.training import Progress, Task, Trained, Training, accuracy_of
 from kdtrainer.errors import RunError
-from kdtrainer.report import ProgressBar, progress_bar
+from kdtrainer.progress import ProgressBar, progress_bar
 
 
 @dataclasses.dataclass(frozen=True)

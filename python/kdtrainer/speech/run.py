@@ -10,7 +10,7 @@ import torch
 from kdtrainer import checkpoint, metrics
 from kdtrainer.errors import RunError
 from kdtrainer.metrics import MetricsLog
-from kdtrainer.report import ProgressBar, progress_bar
+from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.serving import serving_backend
 from kdtrainer.speech import corpus, folder, models, report
 from kdtrainer.speech.config import LESSONS, MOST_SHARE, Config

@@ -11,7 +11,7 @@ from kdtrainer import checkpoint, metrics
 from kdtrainer.checkpoint import Progress
 from kdtrainer.data import few_of_each_class
 from kdtrainer.errors import RunError
-from kdtrainer.report import ProgressBar, progress_bar
+from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.serving import serving_backend
 from kdtrainer.subspace import minilm, networks, report, tasks
 from kdtrainer.subspace.config import IMAGE_TEACHERS, TEXT_TEACHERS, WORDNET, Config

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.integrations.peft import accelerate
-from kdtrainer import report
 from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import PHASES, StepConfig
 from kdtrainer.errors import RunError
+from kdtrainer.progress import progress_bar
 from kdtrainer.whisper import pair as whisper
 from kdtrainer.whisper import step_report
 
@@ -65,7 +65,7 @@ def run(config: StepConfig, out: Path, as_json: bool, shape: whisper.Shape | Non
     if config.threads:
         torch.set_num_threads(config.threads)
     ways, left = both_ways(config, shape)
-    with report.progress_bar() as bar:
+    with progress_bar() as bar:
         show = bar.task(shape.name, CHECKED_STEPS + config.steps)
         for way in ways.values():
             way.pair.set_dropout(0.0)

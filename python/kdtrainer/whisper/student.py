@@ -22,7 +22,7 @@ from kdtrainer.checkpoint import Progress
 from kdtrainer.compress.sequences import packaged
 from kdtrainer.errors import RunError
 from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
-from kdtrainer.report import progress_bar
+from kdtrainer.progress import progress_bar
 from kdtrainer.speech import synthesis
 from kdtrainer.speech.text import normalised, word_error_rate
 from kdtrainer.train import Task, fit
