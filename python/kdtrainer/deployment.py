@@ -15,6 +15,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import prune
 
 from kdkernels.nn import LoRALinear
+from kdtrainer.page import Table
 
 Model = TypeVar("Model", bound=nn.Module)
 RUNS = 3  # over all inputs; the first warms up
@@ -71,6 +72,15 @@ def measured(
     size = sum(map(bytes_of, models))
     counts = sum(x.numel() for x in tensors), sum(int(x.count_nonzero()) for x in tensors)
     return Deployed(name, *counts, size, latency(run, inputs), metric)
+
+
+def table(found: Sequence[Deployed], metric: str) -> Table:
+    """`metric` is of a share, and is shown in percent."""
+    cells = [
+        [x.name, f"{x.parameters:,}", f"{x.kept:,}", f"{x.bytes / 1024:,.0f}", f"{1e3 * x.seconds:.2f}"] for x in found
+    ]
+    rows = [[*row, f"{100 * x.metric:.1f}"] for row, x in zip(cells, found, strict=True)]
+    return Table("as it is shipped", ("model", "parameters", "not 0", "KiB", "ms for one", metric), rows)
 
 
 def stored(model: nn.Module) -> list[torch.Tensor]:

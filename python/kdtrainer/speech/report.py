@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdtrainer import deployment
+from kdtrainer.deployment import Deployed
 from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
 from kdtrainer.speech import models
 from kdtrainer.speech.config import LABELS, LESSONS, Config
@@ -31,6 +33,7 @@ class Results:
     ensemble: float  # word error rate of the mean of the teachers' probabilities
     base: list[Row]  # one for each seed
     students: dict[str, list[Row]]  # by lesson, likewise
+    deployed: list[Deployed]  # of the first seed: the ensemble and the last lesson's student, ready to be shipped
 
     @property
     def teachers_parameters(self) -> int:
@@ -47,13 +50,13 @@ class Results:
         return [ours.word_error_rate - without.word_error_rate for ours, without in pairs]
 
 
-def results(config: Config, rows: Sequence[Row], ensemble: float) -> Results:
+def results(config: Config, rows: Sequence[Row], ensemble: float, deployed: list[Deployed]) -> Results:
     named: dict[str, list[Row]] = {}
     for row in rows:
         named.setdefault(row.name, []).append(row)
     students = {name: found for name, found in named.items() if name in LESSONS}
     teachers = [row for row in rows if row.name in models.TEACHERS]
-    return Results(config, teachers, ensemble, named["base"], students)
+    return Results(config, teachers, ensemble, named["base"], students, deployed)
 
 
 def rates(rows: Sequence[Row]) -> list[float]:
@@ -83,7 +86,8 @@ def page(found: Results, seeds: int) -> Page:
     columns = ("trained parameters", "word error rate, %", "against labels", "training, s")
     title = f"{said}, backend {config.backend}{several}"
     table = Table(title, ("model", "learns from", *columns), cells, words=2, bold=("both",))
-    return Page(TITLE, [table], remarks(found), pictures=("error_rates.png",))
+    shipped = deployment.table(found.deployed, "word error rate, %")
+    return Page(TITLE, [table, shipped], remarks(found), pictures=("error_rates.png",))
 
 
 def remarks(found: Results) -> list[str]:
@@ -120,6 +124,7 @@ def write(out: Path, found: Results, seeds: int) -> None:
         "ensemble": {"parameters": found.teachers_parameters, "word_error_rate": found.ensemble},
         "base": [dataclasses.asdict(row) for row in found.base],
         "students": students,
+        "deployed": [dataclasses.asdict(each) for each in found.deployed],
     }
     write_json(out, content)
 
@@ -133,7 +138,8 @@ def publish(out: Path) -> None:
         config = Config(**{**content["config"], "teachers": tuple(content["config"]["teachers"])})
         teachers, base = ([Row(**row) for row in content[name]] for name in ("teachers", "base"))
         students = {name: [Row(**row) for row in each["rows"]] for name, each in content["students"].items()}
-        found = Results(config, teachers, content["ensemble"]["word_error_rate"], base, students)
+        shipped = [Deployed(**each) for each in content["deployed"]]
+        found = Results(config, teachers, content["ensemble"]["word_error_rate"], base, students, shipped)
         told = page(found, content["seeds"])
     plots.error_rates(found, out / "error_rates.png")
     told.write(out / "report.md", content)

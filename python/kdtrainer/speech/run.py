@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from kdtrainer import checkpoint, metrics
+from kdtrainer import checkpoint, deployment, metrics
+from kdtrainer.deployment import Deployed
 from kdtrainer.errors import RunError
 from kdtrainer.metrics import MetricsLog
 from kdtrainer.progress import ProgressBar, progress_bar
@@ -23,6 +25,7 @@ from kdtrainer.train import Task, cosine, fit
 BASE = "base"
 RISING = 0.1  # share of the steps in which the learning rate rises
 LARGEST_GRADIENT = 1.0
+PRUNED, TIMED = 0.5, 50  # share of the shipped student's weights, utterances whose latency is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,9 +252,41 @@ def conclude(config: Config, options: Options, splits: Splits, jobs: Sequence[Jo
     rows = [row_of(job, records[job.task][-1]["word_error_rate"]) for job in jobs]
     teachers = [teacher_of(config, options.out, name) for name in config.teachers]
     ensemble = error_rate(teachers, data(splits.test))
-    found = report.results(config, rows, ensemble)
+    student = student_of_lesson(next(job for job in reversed(jobs) if job.config.student_seed == config.seed))
+    found = report.results(config, rows, ensemble, deployed(teachers, student, data(splits.test)))
     report.write(options.out, found, options.seeds)
     report.publish(options.out)
+
+
+def student_of_lesson(job: Job) -> Recogniser:
+    """As it was trained, adapters and all."""
+    model = models.student()
+    models.adapt(model, job.config.lora_rank, job.config.backend)
+    weights = checkpoint.weights(job.path)
+    model.load_state_dict(
+        {name.removeprefix("student."): x for name, x in weights.items() if name.startswith("student.")}
+    )
+    return model
+
+
+def deployed(teachers: Sequence[Recogniser], student: Recogniser, test: Utterances) -> list[Deployed]:
+    """The ensemble and the student, which loses its adapters, then most of its bits, or most of its weights."""
+    plain = deployment.merged(student)
+    versions: dict[str, Sequence[Recogniser]] = {
+        "ensemble": teachers,
+        "student": [plain],
+        "student, int8": [deployment.quantised(plain)],
+        f"student, {PRUNED:.0%} pruned": [deployment.pruned(plain, PRUNED)],
+    }
+    utterances = [test.batch([k]) for k in range(min(len(test), TIMED))]
+
+    def run(versions: Sequence[Recogniser], k: int) -> list[Tensor]:
+        return [each(utterances[k].frames, utterances[k].lengths) for each in versions]
+
+    return [
+        deployment.measured(name, each, partial(run, each), len(utterances), error_rate(each, test))
+        for name, each in versions.items()
+    ]
 
 
 def row_of(job: Job, error_rate: float) -> report.Row:
