@@ -11,11 +11,10 @@ from rich import box
 from rich.table import Table
 
 import kdkernels
-from kdkernels.nn.subspace_head import PROJECTIONS
 from kdtrainer.checkpoint import write_atomically
 from kdtrainer.report import console, spread
 from kdtrainer.subspace import tasks
-from kdtrainer.subspace.config import FULL, RATIOS, Config
+from kdtrainer.subspace.config import FULL, PROJECTIONS, RATIOS, Config
 from kdtrainer.subspace.tasks import NATIVE, NATIVE_LABELS, TAUGHT, UNTAUGHT, key
 
 TEACHER = "teacher"
