@@ -20,7 +20,7 @@ from kdtrainer.compress import sequences
 from kdtrainer.errors import RunError
 from kdtrainer.subspace import cli as options_of
 from kdtrainer.subspace import examples, minilm, networks, plots, report, run, tasks
-from kdtrainer.subspace.config import FULL, QUICK, QUICK_SEEDS, RATIOS, SEEDS, Config
+from kdtrainer.subspace.config import FULL, PROJECTIONS, QUICK, QUICK_SEEDS, RATIOS, SEEDS, Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
 
@@ -32,7 +32,6 @@ TINY = (
     *("--checkpoint-every", 4, "--evaluate-every", 3),
 )
 SHORT = (*TINY, "--teachers", "cnn", "--seeds", 1)
-PROJECTIONS = ("johnson_lindenstrauss", "pca", "learned")
 HEADS = [FULL, *(f"{projection}-{ratio}" for projection in PROJECTIONS for ratio in RATIOS)]
 TASKS = [*tasks.UNTAUGHT, "cnn", "cnn-heads", *(f"cnn-{name}" for name in tasks.TAUGHT)]
 

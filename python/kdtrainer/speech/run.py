@@ -262,10 +262,9 @@ def student_of_lesson(job: Job) -> Recogniser:
     """As it was trained, adapters and all."""
     model = models.student()
     models.adapt(model, job.config.lora_rank, job.config.backend)
+    own = nn.ModuleDict({"student": model})
     weights = checkpoint.weights(job.path)
-    model.load_state_dict(
-        {name.removeprefix("student."): x for name, x in weights.items() if name.startswith("student.")}
-    )
+    own.load_state_dict({name: weights[name] for name in own.state_dict()})
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from kdtrainer.numbers import number
 from kdtrainer.subspace.config import (
     IMAGE_TEACHERS,
+    PROJECTIONS,
     QUICK,
     QUICK_SEEDS,
     RATIOS,
@@ -43,8 +44,7 @@ def add_subspace(experiments: Any) -> None:
     add("--seed", type=number(int, 0), default=d.seed, help="of the first run")
     add("--features", type=number(int, RATIOS[-1]), default=d.features, metavar="D", help="of cnn and vit")
     add("--ratio", type=int, choices=RATIOS, default=d.ratio, help="d/k of the students")
-    projections = ("johnson_lindenstrauss", "pca", "learned")
-    add("--projection", choices=projections, default=d.projection, help="whose space and head the students have")
+    add("--projection", choices=PROJECTIONS, default=d.projection, help="whose space and head the students have")
     add("--labels", type=count, default=d.labels, help="labelled examples of each class for the students")
     add("--alignment-weight", type=weight, default=d.alignment_weight, metavar="WEIGHT", help="beside labels")
     add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="of that student, beside labels")

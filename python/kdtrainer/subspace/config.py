@@ -8,6 +8,7 @@ IMAGE_TEACHERS, TEXT_TEACHERS = ("cnn", "vit"), ("minilm",)
 TEACHERS = IMAGE_TEACHERS + TEXT_TEACHERS
 WORDNET = "wordnet"
 RATIOS = (1, 2, 4, 8, 16, 32)  # d/k
+PROJECTIONS = ("johnson_lindenstrauss", "pca", "learned")
 FULL = "full"
 
 
@@ -41,4 +42,4 @@ class Config:
 
 
 SEEDS, QUICK_SEEDS = 5, 2
-QUICK: dict[str, Any] = {"examples": 4000, "teacher_steps": 80, "head_steps": 150, "steps": 100}
+QUICK: dict[str, Any] = {"examples": 4000, "teacher_steps": 150, "head_steps": 150, "steps": 150}

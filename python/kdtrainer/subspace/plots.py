@@ -7,9 +7,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from kdkernels.nn.subspace_head import PROJECTIONS
 from kdtrainer.plots import BLUE, GREY, LIGHT_BLUE, RED, save
-from kdtrainer.subspace.config import FULL, RATIOS, Config
+from kdtrainer.subspace.config import FULL, PROJECTIONS, RATIOS, Config
 from kdtrainer.subspace.report import Results, accuracies
 from kdtrainer.subspace.tasks import NATIVE, NATIVE_LABELS, TAUGHT, UNTAUGHT, key
 

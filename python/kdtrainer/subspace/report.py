@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdkernels.nn.subspace_head import PROJECTIONS
 from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
 from kdtrainer.subspace import tasks
-from kdtrainer.subspace.config import FULL, RATIOS, Config
+from kdtrainer.subspace.config import FULL, PROJECTIONS, RATIOS, Config
 from kdtrainer.subspace.tasks import NATIVE, NATIVE_LABELS, TAUGHT, UNTAUGHT, key
 
 RECIPE, TITLE = "subspace", "Heads and students in a subspace of a teacher's features"

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 from kdkernels.nn import SubspaceHead, head_of
-from kdkernels.nn.subspace_head import PROJECTIONS
 from kdtrainer.distill import batch_of
 from kdtrainer.subspace import networks
-from kdtrainer.subspace.config import FULL, RATIOS, Config
+from kdtrainer.subspace.config import FULL, PROJECTIONS, RATIOS, Config
 from kdtrainer.subspace.examples import Examples
 from kdtrainer.train import Task
 
@@ -200,7 +199,7 @@ def lessons(
         P, bias = up.weight, up.bias
         return kd.projection_alignment_loss(z, h, P, None, student_bias=bias, metric="mse", backend=backend)
 
-    target = outputs(small.map, features.train).square().mean()
+    target = small.project(features.train).square().mean()
 
     def native(z: Tensor, h: Tensor) -> Tensor:
         loss = kd.projection_alignment_loss(z, h, None, R, teacher_bias=offset, metric="mse", backend=backend)
