@@ -365,7 +365,7 @@ def test_another_config_cannot_resume(uninterrupted, cache, capsys):
     arguments = (*SHORT, "--out", uninterrupted, "--cache", cache, "--resume", "--temperature", 3, "--labels", 5)
     assert speech(*arguments) == cli.REFUSED
     errors = capsys.readouterr().err
-    assert "temperature was 2.0 and is now 3.0" in errors and "labels was 4 and is now 5" in errors
+    assert "temperature was 4.0 and is now 3.0" in errors and "labels was 4 and is now 5" in errors
     assert_same_bits(final_state(uninterrupted), before)
 
 

@@ -28,12 +28,12 @@ class Config:
     batch: int = 24  # of teachers and base; of the utterances that a student hears without text
     labelled_batch: int = 8
     teacher_rate: float = 3e-3
-    rate: float = 1e-2  # of the adapters
+    rate: float = 2e-2  # of the adapters
     lora_rank: int = 4
     embedding_width: int = 16  # D
     alignment_weight: float = 1.0
     soft_targets: float = 1.0
-    temperature: float = 2.0
+    temperature: float = 4.0
     backend: str = "auto"  # once a run has started: the one that `auto` became
     threads: int = 1
 

@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from kdtrainer.errors import RunError
 from kdtrainer.train import Interrupted, interruptions
 
-Job = TypeVar("Job")
 OnStep = Callable[[int, float | None], None]
 Watch = Callable[[], AbstractContextManager[Callable[[], bool]]]  # as `train.interruptions`
 Work = Callable[[Any, OnStep, Watch], None]
+RunAll = Callable[[Work, Sequence[Any], Sequence[OnStep]], None]
 
 POLL = 0.1  # seconds between two looks at what the workers report
 
@@ -28,28 +29,45 @@ steps_of_workers: "Queue[tuple[int, int, float | None]]"  # in a worker: job, st
 stopped: Event  # in a worker: whether it is to end after this step
 
 
-def run_all(work: Work, jobs: Sequence[Job], workers: int, threads: int, on_steps: Sequence[OnStep]) -> None:
-    """`work(job, on_step, interruptions)` of every job; with one worker in this process.
+@contextmanager
+def workers(count: int, threads: int) -> Iterator[RunAll]:
+    """What runs `work(job, on_step, interruptions)` of all jobs: in so many processes, or with one in this process.
 
-    Raises what a job raises, after the others have written what they have, and Interrupted after Ctrl-C.
+    It raises what a job raises, after the others have written what they have, and Interrupted after Ctrl-C.
     """
-    if min(workers, len(jobs)) <= 1:
-        with interruptions() as interrupted:
-            for job, on_step in zip(jobs, on_steps, strict=True):
-                if interrupted():
-                    raise Interrupted
-                work(job, on_step, lambda: as_they_are(interrupted))
-        return
-    spawn = multiprocessing.get_context("spawn")
-    steps, stop = spawn.Queue(), spawn.Event()
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, start, (threads, steps, stop))
-    with interruptions() as interrupted, pool:
-        try:
-            futures = [pool.submit(call, work, k, job) for k, job in enumerate(jobs)]
-            failures = follow(futures, steps, stop, interrupted, on_steps)
-        except BaseException:
-            stop.set()
-            raise
+    with interruptions() as interrupted:
+        if count == 1:
+            yield partial(one_after_the_other, interrupted)
+            return
+        spawn = multiprocessing.get_context("spawn")
+        steps, stop = spawn.Queue(), spawn.Event()
+        with ProcessPoolExecutor(count, spawn, start, (threads, steps, stop)) as pool:
+            try:
+                yield partial(beside_each_other, pool, steps, stop, interrupted)
+            finally:
+                stop.set()
+
+
+def one_after_the_other(
+    interrupted: Callable[[], bool], work: Work, jobs: Sequence[Any], on_steps: Sequence[OnStep]
+) -> None:
+    for job, on_step in zip(jobs, on_steps, strict=True):
+        if interrupted():
+            raise Interrupted
+        work(job, on_step, lambda: as_they_are(interrupted))
+
+
+def beside_each_other(
+    pool: ProcessPoolExecutor,
+    steps: "Queue[tuple[int, int, float | None]]",
+    stop: Event,
+    interrupted: Callable[[], bool],
+    work: Work,
+    jobs: Sequence[Any],
+    on_steps: Sequence[OnStep],
+) -> None:
+    futures = [pool.submit(call, work, k, job) for k, job in enumerate(jobs)]
+    failures = follow(futures, steps, stop, interrupted, on_steps)
     for failure in sorted(failures, key=lambda each: isinstance(each, Interrupted)):
         if isinstance(failure, BrokenProcessPool):
             raise RunError("a worker ended where it should not (killed, or out of memory?): add --resume") from failure

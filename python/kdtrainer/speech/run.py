@@ -19,7 +19,7 @@ from kdtrainer.speech.config import LESSONS, MOST_SHARE, Config
 from kdtrainer.speech.corpus import Source, Utterances
 from kdtrainer.speech.distill import Taught, error_rate, labels_task, student_of, student_task, taught_by
 from kdtrainer.speech.models import Recogniser
-from kdtrainer.speech.pool import OnStep, Watch, prepare, run_all
+from kdtrainer.speech.pool import OnStep, RunAll, Watch, prepare, workers
 from kdtrainer.train import Task, cosine, fit
 
 BASE = "base"
@@ -99,12 +99,12 @@ def run(config: Config, options: Options) -> None:
         return [Job(name, each, options, splits) for each in configs for name in names]
 
     stages = [jobs(config.teachers, [config]), jobs([BASE], configs), jobs(options.lessons, configs)]
-    with progress_bar() as bar:
-        make_data(config, options, [source for part in sources for source in part], bar)
+    with progress_bar() as bar, workers(options.workers, config.threads) as run_all:
+        make_data(options.cache, [source for part in sources for source in part], run_all, bar)
         check_data(config, data(splits.train), data(splits.test))
         for title, stage in zip(("teachers", "bases", "students"), stages, strict=True):
             on_steps = bar.tasks(title, [job.steps for job in stage])
-            run_all(train, stage, options.workers, config.threads, on_steps)
+            run_all(train, stage, on_steps)
     conclude(config, options, splits, [job for stage in stages for job in stage])
 
 
@@ -165,14 +165,13 @@ def clear_or_check(config: Config, options: Options) -> None:
         checkpoint.read(path)  # whole, before anything is written
 
 
-def make_data(config: Config, options: Options, wanted: Sequence[Source], bar: ProgressBar) -> None:
+def make_data(cache: Path, wanted: Sequence[Source], run_all: RunAll, bar: ProgressBar) -> None:
     """What the cache lacks."""
     on_steps = bar.tasks("utterances", [len(source.made_from) for source in wanted])
-    missing = [k for k, source in enumerate(wanted) if not corpus.is_whole(source.path(options.cache))]
+    missing = [k for k, source in enumerate(wanted) if not corpus.is_whole(source.path(cache))]
     for k in set(range(len(wanted))) - set(missing):
         on_steps[k](len(wanted[k].made_from), None)
-    jobs = [(wanted[k], options.cache) for k in missing]
-    run_all(make, jobs, options.workers, config.threads, [on_steps[k] for k in missing])
+    run_all(make, [(wanted[k], cache) for k in missing], [on_steps[k] for k in missing])
 
 
 def make(job: tuple[Source, Path], on_step: OnStep, interruptions: Watch) -> None:
