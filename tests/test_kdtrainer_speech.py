@@ -185,11 +185,12 @@ def test_a_lesson_trains_adapters_and_projectors_alone(name):
     config = Config(labels=2, batch=3, labelled_batch=2, backend="reference")
     base = models.student()
     taught = {each: distill.taught_by(models.TEACHERS[each](), heard) for each in TEACHERS}
-    task = distill.student_task(name, LESSONS[name], base, heard, taught, config)
+    task = distill.student_task(name, LESSONS[name], base, heard, heard, taught, config)
     with torch.no_grad():
         frames, lengths = heard.frames[0][None], torch.tensor([30])
-        assert torch.equal(task.model.eval()(frames, lengths), base.eval()(frames, lengths)), "an adapter starts at 0"
-    task.model.train()
+        found = task.trained.student.eval()(frames, lengths)
+        assert torch.equal(found, base.eval()(frames, lengths)), "an adapter starts at 0"
+    task.trained.student.train()
     losses = task.losses()
     losses["loss"].backward()
     trained = {each for each, p in task.trained.named_parameters() if p.requires_grad}
