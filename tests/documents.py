@@ -152,7 +152,7 @@ def extras_in(requirement: str) -> list[str]:
 
 def extras() -> set[str]:
     section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
-    return set(re.findall(r"^(\w+) = ", section.partition("\n[")[0], re.MULTILINE))
+    return set(re.findall(r"^([\w-]+) = ", section.partition("\n[")[0], re.MULTILINE))
 
 
 def check_links(page: Path) -> None:
