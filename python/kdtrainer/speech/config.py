@@ -22,9 +22,9 @@ class Config:
     test: int = 300
     clean: int = 300  # for the base
     labels: int = 100  # utterances of `train` whose text the student sees
-    teacher_steps: int = 400
+    teacher_steps: int = 300
     base_steps: int = 200
-    steps: int = 200  # of every student
+    steps: int = 150  # of every student
     batch: int = 24  # of teachers and base; of the utterances that a student hears without text
     labelled_batch: int = 8
     teacher_rate: float = 3e-3
