@@ -28,7 +28,7 @@ from kdtrainer.speech.config import LESSONS, Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
 
-STEPS, TEACHERS = 2, ("transformer", "convolutional", "state-space")
+STEPS, TEACHERS = 2, ("convolutional", "transformer", "state-space")
 SMALL = ("--train", 12, "--test", 4, "--clean", 4, "--labels", 4, "--batch", 3, "--labelled-batch", 2, "--threads", 1)
 TINY = (*SMALL, "--teacher-steps", STEPS, "--base-steps", STEPS, "--steps", STEPS, "--checkpoint-every", 1)
 ROWS = ("labels", "hidden-mse-one", "cosine-mlp", "both")
@@ -447,7 +447,7 @@ def test_flac_needs_a_package(own, monkeypatch):
     [
         (("--lora-rank", 30), "must train less than 1%: give a smaller --lora-rank"),
         (("--labels", 13), "--labels is 13, but must be at most --train, 12"),
-        (("--teachers", "convolutional,transformer,state-space"), "needs a first teacher of the student's width"),
+        (("--teachers", "recurrent,transformer,state-space"), "needs a first teacher of the student's width"),
         (("--data", "nowhere"), "--data nowhere is no folder"),
     ],
 )

@@ -34,10 +34,21 @@ def add_speech(experiments: Any) -> None:
     add("--out", type=Path, default=Path("runs/speech"), metavar="DIR", help="a fresh run replaces one that is there")
     add("--resume", action="store_true", help="go on from the checkpoints in DIR, to the same bits")
     add("--quick", action="store_true", help="less of everything, to see it work; error rates will be high")
-    add("--data", metavar="DIR", help="recordings in LibriSpeech's layout in place of espeak-ng's utterances")
+    add(
+        "--data",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="recordings in LibriSpeech's layout in place of espeak-ng's utterances",
+    )
     add("--cache", type=Path, default=Path("runs/speech-cache"), metavar="DIR", help="of utterances, for all runs")
     add("--seed", type=number(int, 0), default=d.seed, help="of utterances, teachers and the first students")
-    add("--seeds", type=count, default=3, metavar="COUNT", help="students of each kind, in one table")
+    add(
+        "--seeds",
+        type=count,
+        default=argparse.SUPPRESS,
+        metavar="COUNT",
+        help="students of each kind, in one table (default: 3, --quick: 1)",
+    )
     add("--teachers", type=names(TEACHERS, 2), default=",".join(d.teachers), metavar="NAMES", help=",".join(TEACHERS))
     add("--compare", type=names(LESSONS, 1), default=",".join(LESSONS), metavar="ROWS", help="of the table")
     size("--train", metavar="COUNT", help="utterances that the teachers hear with text")
@@ -61,7 +72,13 @@ def add_speech(experiments: Any) -> None:
     add("--temperature", type=rate, default=d.temperature, help="of the soft targets")
     add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the losses and of LoRA")
     add("--threads", type=count, default=d.threads, help="of torch, in each process")
-    add("--workers", type=count, metavar="COUNT", help="processes (default: the cores that are free to use)")
+    add(
+        "--workers",
+        type=count,
+        default=argparse.SUPPRESS,
+        metavar="COUNT",
+        help="processes (default: the cores that are free to use)",
+    )
     add("--checkpoint-every", type=count, default=50, metavar="STEPS", help="and at the end of each model")
 
 
@@ -92,8 +109,7 @@ def speech(chosen: argparse.Namespace) -> None:
     fields = {field.name for field in dataclasses.fields(Config)}
     values = {name: value for name, value in vars(chosen).items() if name in fields}
     lessons = tuple(name for name in LESSONS if name in {LABELS, *chosen.compare})
-    workers = chosen.workers or max(cores() // chosen.threads, 1)
-    options = run.Options(
-        chosen.out, chosen.cache, chosen.resume, chosen.seeds, lessons, workers, chosen.checkpoint_every
-    )
+    workers = getattr(chosen, "workers", max(cores() // chosen.threads, 1))
+    seeds = getattr(chosen, "seeds", 1 if chosen.quick else 3)
+    options = run.Options(chosen.out, chosen.cache, chosen.resume, seeds, lessons, workers, chosen.checkpoint_every)
     run.run(dataclasses.replace(QUICK if chosen.quick else Config(), **values), options)

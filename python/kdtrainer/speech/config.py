@@ -4,7 +4,7 @@ import dataclasses
 import zlib
 from typing import Any
 
-TEACHERS = ("transformer", "convolutional", "state-space", "recurrent")
+TEACHERS = ("convolutional", "transformer", "state-space", "recurrent")
 DEFAULT_TEACHERS = TEACHERS[:3]
 ALL, ONE = "all teachers", "one teacher"
 MOST_SHARE = 0.01  # of the teachers' parameters, that a student may train
@@ -22,15 +22,15 @@ class Config:
     test: int = 300
     clean: int = 300  # for the base
     labels: int = 100  # utterances of `train` whose text the student sees
-    teacher_steps: int = 400
+    teacher_steps: int = 300
     base_steps: int = 200
-    steps: int = 200  # of every student
+    steps: int = 150  # of every student
     batch: int = 24  # of teachers and base; of the utterances that a student hears without text
     labelled_batch: int = 8
     teacher_rate: float = 3e-3
     rate: float = 2e-2  # of the adapters
     lora_rank: int = 4
-    embedding_width: int = 16  # D
+    embedding_width: int = 12  # D
     alignment_weight: float = 1.0
     soft_targets: float = 1.0
     temperature: float = 4.0

@@ -11,7 +11,7 @@ from kdkernels.nn import LoRALinear, LRUBlock
 from kdtrainer.speech.features import FEATURES
 from kdtrainer.speech.text import CLASSES
 
-WIDTH = 128  # of the student; the transformer and the LRUs have it too, so their states can be compared as they are
+WIDTH = 128  # of the student, and of most teachers, whose states can be compared with its own as they are
 DROPOUT = 0.1
 
 
@@ -97,13 +97,13 @@ class Recurrent(Recogniser):
 
 
 class Attentive(Recogniser):
-    """A transformer; one convolution says where a frame is."""
+    """A transformer; the convolutions before it say where a frame is."""
 
     def __init__(self, width: int, layers: int, heads: int = 4) -> None:
         super().__init__()
         self.widths = (width, width)
         self.encoder = nn.Linear(FEATURES, width)
-        self.place = Neighbours(width, 1)
+        self.places = nn.ModuleList(Neighbours(width, d) for d in (1, 2))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, heads, 4 * width, dropout=DROPOUT, activation="gelu", batch_first=True, norm_first=True
@@ -115,7 +115,9 @@ class Attentive(Recogniser):
 
     def states(self, frames: Tensor, lengths: Tensor) -> list[Tensor]:
         mask = counted(frames, lengths)
-        x, states = self.place(self.encoder(frames), mask), []
+        x, states = self.encoder(frames), []
+        for place in self.places:
+            x = place(x, mask)
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~mask.squeeze(-1))
             states.append(x)
@@ -156,8 +158,8 @@ def reversal(frames: int, lengths: Tensor) -> Tensor:
 
 
 TEACHERS: dict[str, Callable[[], Recogniser]] = {
+    "convolutional": lambda: Convolutional(WIDTH, (1, 1, 2, 2, 4, 4, 8, 8)),
     "transformer": lambda: Attentive(WIDTH, 4),
-    "convolutional": lambda: Convolutional(192, (1, 1, 2, 2, 4, 4, 8)),
     "state-space": lambda: StateSpace(WIDTH, 6),
     "recurrent": lambda: Recurrent(160, 2),
 }
