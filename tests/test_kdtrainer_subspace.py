@@ -131,6 +131,8 @@ def test_a_run_leaves_a_table_metrics_and_plots(everything):
     models = json.loads((out / "report.json").read_text())["models"]["cnn"]
     lost = [100 * (s["accuracy"] - f["accuracy"]) for s, f in zip(models[f"pca-{RATIO}"], models[FULL], strict=True)]
     assert f"a head {RATIO} times smaller, in points: " in printed
+    first, second = (row["dimension"] for row in models[FULL])
+    assert 1 <= first <= D and f"cnn: {(first + second) / 2:.1f} ± " in printed
     assert f"pca {sum(lost) / 2:+.2f} ± {np.std(lost, ddof=1):.2f}" in printed
     for name in ("curves.png", "students.png"):
         content = (out / name).read_bytes()
@@ -247,6 +249,14 @@ def test_heads_trained_together_are_heads_trained_alone():
             optimizer.step()
         for ours, theirs in zip(heads[name].parameters(), head.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_the_effective_dimension_is_that_of_equally_long_directions():
+    """Three of four: the fourth direction is not there, and then ten times shorter."""
+    points = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    for length, expected in ((0.0, 3.0), (0.1, 3.01**2 / 3.0001)):
+        x = points * torch.tensor([1, 1, 1, length])
+        assert tasks.effective_dimension(tasks.Features(x, x)) == pytest.approx(expected, rel=0.01)
 
 
 def test_features_are_standardised_by_the_training_set():

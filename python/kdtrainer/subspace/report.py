@@ -35,6 +35,7 @@ class Row:
     stored: int  # numbers in its file; a drawn projection is its seed
     accuracy: float  # on the test set
     seconds: float  # of training
+    dimension: float | None = None  # of the features that the full head sees: how many directions matter
 
 
 Results = Sequence[Sequence[Row]]  # by seed
@@ -92,6 +93,8 @@ def remarks(config: Config, results: Results) -> list[str]:
             f"{projection} {spread(gains(results, key(projection, config.ratio), FULL, teacher), 2, signed=True)}"
             for projection in PROJECTIONS
         ]
+        dimensions = [row.dimension for row in rows_of(results, FULL, teacher) if row.dimension is not None]
+        lines.append(f"{teacher}: {spread(dimensions, 1)} directions matter, (Σλ)²/Σλ² of the features' covariance.")
         lines.append(f"{teacher}, a head {config.ratio} times smaller, in points: {', '.join(changes)}.")
         for name in (NATIVE, NATIVE_LABELS):
             others = [other for other in (*UNTAUGHT, *TAUGHT) if other not in (NATIVE, NATIVE_LABELS)]

@@ -14,7 +14,7 @@ from kdtrainer.errors import RunError
 from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.serving import serving_backend
 from kdtrainer.subspace import minilm, networks, report, tasks
-from kdtrainer.subspace.config import IMAGE_TEACHERS, TEXT_TEACHERS, WORDNET, Config
+from kdtrainer.subspace.config import FULL, IMAGE_TEACHERS, TEXT_TEACHERS, WORDNET, Config
 from kdtrainer.subspace.examples import Examples, load
 from kdtrainer.subspace.report import Row
 from kdtrainer.subspace.tasks import Features
@@ -138,7 +138,9 @@ class SeedRun:
         task, heads = tasks.heads_task(self.name(teacher, "heads"), features, self.examples, self.config)
         seconds = self.fit(task)
         for name, accuracy in task.evaluate().items():
-            rows.append(Row(name, self.config.seed, teacher, stored(heads[name]), accuracy, seconds / len(heads)))
+            row = Row(name, self.config.seed, teacher, stored(heads[name]), accuracy, seconds / len(heads))
+            dimension = tasks.effective_dimension(features) if name == FULL else None
+            rows.append(dataclasses.replace(row, dimension=dimension))
         return heads
 
     def train_untaught(self, which: str, rows: list[Row]) -> None:

@@ -40,6 +40,12 @@ def standardised(train: Tensor, test: Tensor) -> Features:
     return Features((train - mean) / scale, (test - mean) / scale)
 
 
+def effective_dimension(features: Features) -> float:
+    """(Σλ)²/Σλ² of their covariance: how many directions matter, were they equally long (the participation ratio)."""
+    covariance = features.train.mT @ features.train / len(features.train)  # (d, d)
+    return (covariance.trace() ** 2 / covariance.square().sum()).item()
+
+
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     """Of all inputs, in evaluation mode."""
