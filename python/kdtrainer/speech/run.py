@@ -112,6 +112,11 @@ def check(config: Config, options: Options) -> None:
     """Raise RunError where options do not go together."""
     if config.labels > config.train and config.data is None:
         raise RunError(f"--labels is {config.labels}, but must be at most --train, {config.train}")
+    one = config.teachers[0]
+    if any(LESSONS[name].projector == "none" for name in options.lessons):
+        widths = models.TEACHERS[one]().widths
+        if widths != models.student().widths:
+            raise RunError(f"--compare hidden-mse-one needs a first teacher of the student's width, and {one} is none")
     teachers = sum(p.numel() for name in config.teachers for p in models.TEACHERS[name]().parameters())
     for name in options.lessons:
         share = student_of(config.teachers, LESSONS[name], config) / teachers
@@ -120,11 +125,6 @@ def check(config: Config, options: Options) -> None:
                 f"the student {name} would train {share:.2%} of its teachers' parameters, but must train less than "
                 f"{MOST_SHARE:.0%}: give a smaller --lora-rank or --embedding-width, or more --teachers"
             )
-    one = config.teachers[0]
-    if any(LESSONS[name].projector == "none" for name in options.lessons):
-        widths = models.TEACHERS[one]().widths
-        if widths != models.student().widths:
-            raise RunError(f"--compare hidden-mse-one needs a first teacher of the student's width, and {one} is none")
 
 
 def sources_of(config: Config) -> tuple[list[Source], list[Source], list[Source]]:
