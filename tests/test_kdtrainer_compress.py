@@ -128,7 +128,8 @@ def test_the_report_is_made_again_from_its_json(everything, tmp_path, capsys, mo
     again.mkdir()
     shutil.copy(out / "report.json", again)
     assert run_here(again, experiment="report") == cli.DONE
-    assert capsys.readouterr().out == printed.replace(str(out), str(again))
+    told_again = capsys.readouterr().out.split()  # a long path makes a line break elsewhere
+    assert "".join(told_again) == "".join(printed.replace(str(out), str(again)).split())
     for name in ("report.md", "spectra.png", "training.png"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
     told = (again / "report.md").read_text()

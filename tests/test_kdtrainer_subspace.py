@@ -194,7 +194,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(uninterrupted, no_plots,
         "in a student": (tasks, "batch_of", 3 * STEPS + STEPS + 2 * STEPS + 5, kill, False),
         "in a write": (checkpoint, "write_atomically", 8, in_write, False),
         "before a name": (checkpoint.os, "replace", 7, kill, False),
-        "in the report": (report, "show", 1, kill, False),
+        "in the report": (report, "publish", 1, kill, False),
     }[moment]
     with monkeypatch.context() as patched:
         at_call(patched, where, name, number, act, after)
