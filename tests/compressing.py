@@ -1,12 +1,9 @@
-"""What the tests of kdtrainer compress share: a tiny run, and how to stop it."""
-
-import contextlib
-import io
+"""What the tests of kdtrainer compress share: a tiny run."""
 
 import pytest
-from trainer import run_here
+from trainer import path_of, printed_by, run_here
 
-from kdtrainer import checkpoint, cli
+from kdtrainer import checkpoint
 from kdtrainer.compress import plots, training
 
 STEPS, STATES, REDUCTIONS = 24, 10, [4, 7, 11, 14]
@@ -16,10 +13,6 @@ TINY = (
 )
 SHORT = (*TINY, "--compare", "uncompressed,modal")
 TASKS = ("seed0-compressed", "seed0-uncompressed", "seed0-modal")
-
-
-class Killed(BaseException):
-    """Nothing catches it: what is on the disk then is what a killed process leaves."""
 
 
 def compress(*arguments):
@@ -34,44 +27,14 @@ def draw_nothing(patched):
 
 def quietly(*arguments, draw=False):
     """Run it, and return what it printed."""
-    printed = io.StringIO()
-    with (
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(io.StringIO()),
-        pytest.MonkeyPatch.context() as patched,
-    ):
+    with pytest.MonkeyPatch.context() as patched:
         if not draw:
             draw_nothing(patched)
-        assert compress(*arguments) == cli.DONE
-    return printed.getvalue()
-
-
-def path_of(out, task):
-    return out / "checkpoints" / f"{task}.safetensors"
+        return printed_by(compress, *arguments)
 
 
 def progress_of(out, task):
     return checkpoint.progress_of(path_of(out, task), training.Progress)
-
-
-def at_call(monkeypatch, where, name, number, act, after=False):
-    """Have the numbered call of a function act before, or after, it does what it does."""
-    right, calls = getattr(where, name), []
-
-    def wrapped(*arguments, **options):
-        calls.append(name)
-        if len(calls) == number and not after:
-            act()
-        found = right(*arguments, **options)
-        if len(calls) == number and after:
-            act()
-        return found
-
-    monkeypatch.setattr(where, name, wrapped)
-
-
-def kill():
-    raise Killed
 
 
 def run_short(out):

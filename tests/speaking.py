@@ -1,13 +1,11 @@
 """What the tests of kdtrainer speech share: a tiny run, and its cache."""
 
-import contextlib
-import io
+from functools import partial
 
 import pytest
 import torch
-from trainer import run_here
+from trainer import printed_by, run_here
 
-from kdtrainer import cli
 from kdtrainer.speech import corpus, plots, synthesis
 
 STEPS, TEACHERS = 2, ("convolutional", "transformer", "state-space")
@@ -34,14 +32,7 @@ def speech(*arguments, draw=False):
 
 def quietly(*arguments, draw=False):
     """Run it, and return what it printed."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-        assert speech(*arguments, draw=draw) == cli.DONE
-    return printed.getvalue()
-
-
-def path_of(out, task):
-    return out / "checkpoints" / f"{task}.safetensors"
+    return printed_by(partial(speech, draw=draw), *arguments)
 
 
 def assert_same_utterances(path, expected):

@@ -15,17 +15,25 @@ from compressing import (
     STEPS,
     TASKS,
     TINY,
-    Killed,
-    at_call,
     compress,
     draw_nothing,
-    kill,
-    path_of,
     progress_of,
     quietly,
     run_short,
 )
-from trainer import assert_same_bits, final_state, finish, lines_of, one_thread, run_here, start  # noqa: F401
+from trainer import (  # noqa: F401
+    Killed,
+    assert_same_bits,
+    at_call,
+    final_state,
+    finish,
+    kill,
+    lines_of,
+    one_thread,
+    path_of,
+    run_here,
+    start,
+)
 
 import kdkernels as kd
 from kdkernels.nn import truncation

@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from compressing import TINY, compress, path_of, progress_of, quietly
-from trainer import one_thread  # noqa: F401 a fixture
+from compressing import TINY, compress, progress_of, quietly
+from trainer import one_thread, path_of  # noqa: F401 a fixture
 
 import kdkernels as kd
 from kdtrainer import checkpoint, cli, data

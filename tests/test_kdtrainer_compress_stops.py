@@ -14,15 +14,22 @@ from compressing import (
     STEPS,
     TASKS,
     TINY,
-    at_call,
     compress,
     draw_nothing,
-    path_of,
     progress_of,
     quietly,
     run_short,
 )
-from trainer import assert_same_bits, final_state, finish, lines_of, one_thread, start  # noqa: F401
+from trainer import (  # noqa: F401
+    assert_same_bits,
+    at_call,
+    final_state,
+    finish,
+    lines_of,
+    one_thread,
+    path_of,
+    start,
+)
 
 from kdtrainer import checkpoint, cli, metrics
 from kdtrainer.compress import ranks, training

@@ -7,8 +7,19 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from compressing import Killed, at_call, kill
-from trainer import assert_same_bits, final_state, finish, needs_accelerated, one_thread, run_here, start  # noqa: F401
+from trainer import (  # noqa: F401
+    Killed,
+    assert_same_bits,
+    at_call,
+    final_state,
+    finish,
+    kill,
+    needs_accelerated,
+    one_thread,
+    path_of,
+    run_here,
+    start,
+)
 
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("jiwer")
@@ -22,7 +33,6 @@ from speaking import (  # noqa: F401
     TINY,
     assert_same_utterances,
     files_of_five,
-    path_of,
     quietly,
     speech,
 )

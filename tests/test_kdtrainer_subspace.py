@@ -1,7 +1,5 @@
 """kdtrainer subspace: whole runs, their resumption, what they are made of and what they refuse."""
 
-import contextlib
-import io
 import json
 import signal
 import types
@@ -11,9 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compressing import Killed, at_call, kill, path_of
 from torch import nn
-from trainer import assert_same_bits, final_state, needs_accelerated, one_thread, run_here  # noqa: F401
+from trainer import (  # noqa: F401
+    Killed,
+    assert_same_bits,
+    at_call,
+    final_state,
+    kill,
+    needs_accelerated,
+    one_thread,
+    path_of,
+    printed_by,
+    run_here,
+)
 
 from kdtrainer import checkpoint, cli, metrics
 from kdtrainer.compress import sequences
@@ -48,16 +56,10 @@ def draw_nothing(patched):
 
 def quietly(*arguments, draw=False):
     """Run it, and return what it printed."""
-    printed = io.StringIO()
-    with (
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(io.StringIO()),
-        pytest.MonkeyPatch.context() as patched,
-    ):
+    with pytest.MonkeyPatch.context() as patched:
         if not draw:
             draw_nothing(patched)
-        assert subspace(*arguments) == cli.DONE
-    return printed.getvalue()
+        return printed_by(subspace, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
-"""What the tests of kdtrainer share: short runs, here or in a process of their own, and what they leave."""
+"""What the tests of kdtrainer share: short runs, here or in a process of their own, and how to stop them."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -14,6 +16,10 @@ from kdtrainer import checkpoint, cli
 QUICK = ("--teachers", "mlp,cnn", "--teacher-steps", "6", "--steps", "40", "--checkpoint-every", "4")
 SHORT = (*QUICK, "--backend", "reference")
 SHORT_STEPS = 2 * 6 + 3 * 40
+
+
+class Killed(BaseException):
+    """Nothing catches it: what is on the disk then is what a killed process leaves."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,6 +49,18 @@ def run_here(*arguments, experiment="digits"):
     return cli.main([experiment, *map(str, arguments)])
 
 
+def printed_by(run, *arguments):
+    """Run it to its end, and return what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        assert run(*arguments) == cli.DONE
+    return printed.getvalue()
+
+
+def path_of(out, task):
+    return out / "checkpoints" / f"{task}.safetensors"
+
+
 def lines_of(out):
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -69,3 +87,23 @@ def has_accelerated_backend():
 
 
 needs_accelerated = pytest.mark.skipif(not has_accelerated_backend(), reason="only the reference serves here")
+
+
+def at_call(monkeypatch, where, name, number, act, after=False):
+    """Have the numbered call of a function act before, or after, it does what it does."""
+    right, calls = getattr(where, name), []
+
+    def wrapped(*arguments, **options):
+        calls.append(name)
+        if len(calls) == number and not after:
+            act()
+        found = right(*arguments, **options)
+        if len(calls) == number and after:
+            act()
+        return found
+
+    monkeypatch.setattr(where, name, wrapped)
+
+
+def kill():
+    raise Killed

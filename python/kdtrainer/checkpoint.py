@@ -94,10 +94,10 @@ def prepare(out: Path, resume: bool, config_of: Callable[[Path], AnyConfig], kin
     return max((progress_of(path, kind).metrics_bytes for path in found), default=0)
 
 
-def seeded(config: Any, path: Path) -> Any:
-    """The config of one of several seeds' runs: of the seed that the name of its checkpoint begins with."""
+def seeded(config: Any, path: Path, field: str = "seed") -> Any:
+    """The config of one of several seeds' runs: `field` is the seed that the name of its checkpoint begins with."""
     seed = path.name.removeprefix("seed").partition("-")[0]
-    return replace(config, seed=int(seed)) if seed.isdigit() else config
+    return replace(config, **{field: int(seed)}) if seed.isdigit() else config
 
 
 def restore(path: Path, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,8 +1,8 @@
 """What a run depends on. Two runs with equal configs on one machine give the same bits."""
 
 import dataclasses
-import zlib
-from typing import Any
+
+from kdtrainer.recipe import RunConfig
 
 TEACHERS = ("mlp", "cnn", "transformer")
 
@@ -14,7 +14,7 @@ BUDGET = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Every field is kept in each checkpoint; a resumed run must have the same."""
 
     seed: int = 0
@@ -33,13 +33,6 @@ class Config:
     temperature: float = 2.0  # of the soft targets, like the two below
     divergence: str = "forward_kl"
     mixture: str = "arithmetic"  # of the teachers' distributions
-
-    def as_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "teachers": list(self.teachers)}
-
-    def seed_of(self, name: str) -> int:
-        """A seed for one part of the run, so that no part depends on what ran before it."""
-        return zlib.crc32(f"{self.seed}/{name}".encode())
 
 
 PHASES = ("teacher forward", "student forward", "alignment", "soft targets", "student backward", "optimiser")

@@ -120,7 +120,7 @@ def publish(out: Path) -> None:
     content = read_json(out)
     names = [field.name for field in dataclasses.fields(Row)]
     with parsing(out):
-        config = Config(**{**content["config"], "teachers": tuple(content["config"]["teachers"])})
+        config = Config.from_json(content["config"])
         rows = [Row(**{name: row[name] for name in names}) for row in content["models"]]
         compared = dict(content["compare"] or {})
         compared.pop("within_budget", None)

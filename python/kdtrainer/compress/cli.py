@@ -1,7 +1,6 @@
 """The options of `compress`, and what its errors become."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,7 @@ def compress(chosen: argparse.Namespace) -> None:
     """Run it. Raises what `run` raises."""
     from kdtrainer.compress import run  # not above: it needs packages that are looked for first
 
-    fields = {field.name for field in dataclasses.fields(Config)}
-    values = {name: value for name, value in vars(chosen).items() if name in fields}
+    values = Config.chosen(chosen)
     if chosen.tolerance is None and chosen.error is None and chosen.ranks is None:
         values["tolerance"] = Config.tolerance
     if not chosen.hsv_regularizer:

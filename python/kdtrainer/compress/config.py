@@ -1,9 +1,9 @@
 """What a run of `compress` depends on. Two runs with equal configs on one machine give the same bits."""
 
 import dataclasses
-import zlib
 from math import cos, pi
-from typing import Any
+
+from kdtrainer.recipe import RunConfig
 
 COMPRESSED, UNCOMPRESSED, SMALL, POSTHOC = "compressed", "uncompressed", "small", "posthoc"
 PRUNED = ("random", "smallest", "modal")  # the same sizes at the same steps, by keeping states as they are
@@ -11,7 +11,7 @@ BASELINES = (UNCOMPRESSED, SMALL, *PRUNED, POSTHOC)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Every field is kept in each checkpoint; a resumed run must have the same."""
 
     data: str = "digits"
@@ -40,13 +40,6 @@ class Config:
     threads: int = 2
     device: str = "cpu"
     world: int = 1  # processes that share a batch
-
-    def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def seed_of(self, name: str) -> int:
-        """A seed for one part of the run, so that no part depends on what ran before it."""
-        return zlib.crc32(f"{self.seed}/{name}".encode())
 
     def rate(self, step: int) -> float:
         """The share of the learning rate in a step, from 1: a linear rise, then half a cosine."""

@@ -12,7 +12,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.nn import LRUClassifier
 from kdtrainer.compress.config import COMPRESSED, UNCOMPRESSED, Config
-from kdtrainer.compress.training import Trained, layers_of
+from kdtrainer.compress.training import Trained, systems_of
 from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
 
 RECIPE, TITLE = "compress", "A state-space model that shrinks while it learns"
@@ -66,8 +66,7 @@ def row(name: str, config: Config, trained: Trained) -> Row:
 
 @torch.no_grad()
 def spectra_of(model: LRUClassifier, step: int) -> dict[str, Tensor]:
-    systems = zip(*(layer.system() for layer in layers_of(model)), strict=True)
-    Lambda, B, C = ([x.to(torch.complex128) for x in part] for part in systems)
+    Lambda, B, C = ([x.to(torch.complex128) for x in part] for part in systems_of(model))
     return {f"{step}.{k}": x.cpu() for k, x in enumerate(kd.hankel_singular_values(Lambda, B, C))}
 
 
@@ -144,7 +143,7 @@ def publish(out: Path) -> None:
     with parsing(out):
         models = {name: [Row(**row) for row in rows] for name, rows in content["models"].items()}
         results = list(zip(*models.values(), strict=True))  # of each seed
-        first, told = models[COMPRESSED][0], page(Config(**content["config"]), results)
+        first, told = models[COMPRESSED][0], page(Config.from_json(content["config"]), results)
     plots.spectra(first, out / "spectra.png")
     plots.over_time(results, out / "training.png")
     told.write(out / "report.md", content)

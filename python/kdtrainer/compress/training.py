@@ -236,10 +236,14 @@ def order_of(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
+def systems_of(model: LRUClassifier) -> tuple[list[Tensor], ...]:
+    """Λ, B and C of every layer."""
+    return tuple(map(list, zip(*(layer.system() for layer in layers_of(model)), strict=True)))
+
+
 def regularizer(model: LRUClassifier, kind: str) -> Tensor:
     """The sum over all layers of Σσ (nuclear) or Σσ² (energy)."""
-    systems = zip(*(layer.system() for layer in layers_of(model)), strict=True)
-    Lambda, B, C = map(list, systems)
+    Lambda, B, C = systems_of(model)
     if kind == "energy":
         return torch.stack(kd.hankel_energy(Lambda, B, C)).sum()
     return torch.cat(kd.hankel_singular_values(Lambda, B, C)).sum()

@@ -106,8 +106,7 @@ def speech(chosen: argparse.Namespace) -> None:
     """Run it. Raises what `run` raises."""
     from kdtrainer.speech import run  # not above: it needs packages that are looked for first
 
-    fields = {field.name for field in dataclasses.fields(Config)}
-    values = {name: value for name, value in vars(chosen).items() if name in fields}
+    values = Config.chosen(chosen)
     lessons = tuple(name for name in LESSONS if name in {LABELS, *chosen.compare})
     workers = getattr(chosen, "workers", max(cores() // chosen.threads, 1))
     seeds = getattr(chosen, "seeds", 1 if chosen.quick else 3)

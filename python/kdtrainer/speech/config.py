@@ -2,7 +2,8 @@
 
 import dataclasses
 import zlib
-from typing import Any
+
+from kdtrainer.recipe import RunConfig
 
 TEACHERS = ("convolutional", "transformer", "state-space", "recurrent")
 DEFAULT_TEACHERS = TEACHERS[:3]
@@ -11,7 +12,7 @@ MOST_SHARE = 0.01  # of the teachers' parameters, that a student may train
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Every field is kept in each checkpoint; a resumed run must have the same."""
 
     data: str | None = None  # a folder; None: espeak-ng's voice
@@ -37,11 +38,8 @@ class Config:
     backend: str = "auto"  # once a run has started: the one that `auto` became
     threads: int = 1
 
-    def as_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "teachers": list(self.teachers)}
-
     def seed_of(self, name: str) -> int:
-        """A seed for one part of the run, so that no part depends on what ran before it."""
+        """Of a part of the run, which differs between students too."""
         return zlib.crc32(f"{self.seed}/{self.student_seed}/{name}".encode())
 
 

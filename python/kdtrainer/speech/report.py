@@ -30,10 +30,14 @@ class Row:
 class Results:
     config: Config
     teachers: list[Row]
-    ensemble: float  # word error rate of the mean of the teachers' probabilities
     base: list[Row]  # one for each seed
     students: dict[str, list[Row]]  # by lesson, likewise
     deployed: list[Deployed]  # of the first seed: the ensemble and the last lesson's student, ready to be shipped
+
+    @property
+    def ensemble(self) -> float:
+        """Word error rate of the mean of the teachers' probabilities."""
+        return self.deployed[0].metric
 
     @property
     def teachers_parameters(self) -> int:
@@ -50,13 +54,13 @@ class Results:
         return [ours.word_error_rate - without.word_error_rate for ours, without in pairs]
 
 
-def results(config: Config, rows: Sequence[Row], ensemble: float, deployed: list[Deployed]) -> Results:
+def results(config: Config, rows: Sequence[Row], deployed: list[Deployed]) -> Results:
     named: dict[str, list[Row]] = {}
     for row in rows:
         named.setdefault(row.name, []).append(row)
     students = {name: found for name, found in named.items() if name in LESSONS}
     teachers = [row for row in rows if row.name in models.TEACHERS]
-    return Results(config, teachers, ensemble, named["base"], students, deployed)
+    return Results(config, teachers, named["base"], students, deployed)
 
 
 def rates(rows: Sequence[Row]) -> list[float]:
@@ -135,11 +139,11 @@ def publish(out: Path) -> None:
 
     content = read_json(out)
     with parsing(out):
-        config = Config(**{**content["config"], "teachers": tuple(content["config"]["teachers"])})
+        config = Config.from_json(content["config"])
         teachers, base = ([Row(**row) for row in content[name]] for name in ("teachers", "base"))
         students = {name: [Row(**row) for row in each["rows"]] for name, each in content["students"].items()}
         shipped = [Deployed(**each) for each in content["deployed"]]
-        found = Results(config, teachers, content["ensemble"]["word_error_rate"], base, students, shipped)
+        found = Results(config, teachers, base, students, shipped)
         told = page(found, content["seeds"])
     plots.error_rates(found, out / "error_rates.png")
     told.write(out / "report.md", content)

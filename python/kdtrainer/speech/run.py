@@ -92,7 +92,11 @@ def run(config: Config, options: Options) -> None:
     check(config, options)
     sources = sources_of(config)
     splits = Splits(*(tuple(source.path(options.cache) for source in part) for part in sources))
-    clear_or_check(config, options)
+    own = partial(checkpoint.seeded, config, field="student_seed")
+    checkpoint.prepare(options.out, options.resume, own, checkpoint.Progress)
+    if not options.resume:
+        for path in (options.out / "metrics").glob("*.jsonl"):
+            path.unlink()
     configs = [dataclasses.replace(config, student_seed=config.seed + k) for k in range(options.seeds)]
 
     def jobs(names: Sequence[str], configs: Sequence[Config]) -> list[Job]:
@@ -147,22 +151,6 @@ def check_data(config: Config, train: Utterances, test: Utterances) -> None:
             f"--data {config.data} has {len(train)} utterances to train and {len(test)} to test that are long enough "
             f"for their text, but must have at least {config.labels} (--labels) and 1"
         )
-
-
-def clear_or_check(config: Config, options: Options) -> None:
-    """Clear the folder for a fresh run, or check that it can go on."""
-    found = sorted((options.out / "checkpoints").glob("*.safetensors"))
-    if not options.resume:
-        for path in (*found, *(options.out / "metrics").glob("*.jsonl")):
-            path.unlink()
-        return
-    if not found:
-        print(f"no checkpoint in {options.out}: the run starts from the beginning")
-    for path in found:
-        seed = path.name.partition("-")[0].removeprefix("seed")
-        own = int(seed) if seed.isdigit() else config.seed
-        checkpoint.check_config(path, dataclasses.replace(config, student_seed=own))
-        checkpoint.read(path)  # whole, before anything is written
 
 
 def make_data(cache: Path, wanted: Sequence[Source], run_all: RunAll, bar: ProgressBar) -> None:
@@ -250,9 +238,8 @@ def conclude(config: Config, options: Options, splits: Splits, jobs: Sequence[Jo
     records = metrics.read(options.out / "metrics.jsonl")
     rows = [row_of(job, records[job.task][-1]["word_error_rate"]) for job in jobs]
     teachers = [teacher_of(config, options.out, name) for name in config.teachers]
-    ensemble = error_rate(teachers, data(splits.test))
     student = student_of_lesson(next(job for job in reversed(jobs) if job.config.student_seed == config.seed))
-    found = report.results(config, rows, ensemble, deployed(teachers, student, data(splits.test)))
+    found = report.results(config, rows, deployed(teachers, student, data(splits.test)))
     report.write(options.out, found, options.seeds)
     report.publish(options.out)
 

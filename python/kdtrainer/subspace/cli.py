@@ -1,7 +1,6 @@
 """The options of `subspace`, and what its errors become."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +79,9 @@ def subspace(chosen: argparse.Namespace) -> None:
     """Run it. Raises what `run` raises."""
     from kdtrainer.subspace import run  # not above: it needs packages that are looked for first
 
-    fields = {field.name for field in dataclasses.fields(Config)}
     values: dict[str, Any] = {"teachers": TEXT_TEACHERS if chosen.data == WORDNET else IMAGE_TEACHERS}
     values |= QUICK if chosen.quick else {}
-    values |= {name: value for name, value in vars(chosen).items() if name in fields}
+    values |= Config.chosen(chosen)
     seeds = getattr(chosen, "seeds", QUICK_SEEDS if chosen.quick else SEEDS)
     options = run.Options(chosen.out, chosen.resume, seeds, chosen.checkpoint_every, chosen.evaluate_every)
     run.run(Config(**values), options)

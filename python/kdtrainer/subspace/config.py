@@ -1,8 +1,9 @@
 """What a run of `subspace` depends on. Two runs with equal configs on one machine give the same bits."""
 
 import dataclasses
-import zlib
 from typing import Any
+
+from kdtrainer.recipe import RunConfig
 
 IMAGE_TEACHERS, TEXT_TEACHERS = ("cnn", "vit"), ("minilm",)
 TEACHERS = IMAGE_TEACHERS + TEXT_TEACHERS
@@ -13,7 +14,7 @@ FULL = "full"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Every field is kept in each checkpoint; a resumed run must have the same."""
 
     data: str = "digits"
@@ -32,13 +33,6 @@ class Config:
     temperature: float = 2.0
     backend: str = "auto"  # once a run has started: the one that `auto` became
     threads: int = 2
-
-    def as_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "teachers": list(self.teachers)}
-
-    def seed_of(self, name: str) -> int:
-        """A seed for one part of the run, so that no part depends on what ran before it."""
-        return zlib.crc32(f"{self.seed}/{name}".encode())
 
 
 SEEDS, QUICK_SEEDS = 5, 2

@@ -119,7 +119,7 @@ def publish(out: Path) -> None:
 
     content = read_json(out)
     with parsing(out):
-        config = Config(**{**content["config"], "teachers": tuple(content["config"]["teachers"])})
+        config = Config.from_json(content["config"])
         by_seed: dict[int, dict[Row, None]] = {}  # a student without a teacher stands there beside every one
         for found in content["models"].values():
             for row in (Row(**each) for rows in found.values() for each in rows):

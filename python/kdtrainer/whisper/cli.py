@@ -1,7 +1,6 @@
 """The options of `whisper`, and what its errors become."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,4 @@ def whisper(chosen: argparse.Namespace) -> None:
     """Run it. Raises what `student.run` raises."""
     from kdtrainer.whisper import student  # not above: it needs packages that are looked for first
 
-    fields = {field.name for field in dataclasses.fields(Config)}
-    config = Config(**{name: value for name, value in vars(chosen).items() if name in fields})
-    student.run(config, chosen.out, chosen.resume, chosen.checkpoint_every)
+    student.run(Config(**Config.chosen(chosen)), chosen.out, chosen.resume, chosen.checkpoint_every)

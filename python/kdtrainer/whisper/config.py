@@ -1,12 +1,12 @@
 """What a run of `whisper` depends on. Two runs with equal configs on one machine give the same bits."""
 
 import dataclasses
-import zlib
-from typing import Any
+
+from kdtrainer.recipe import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Every field is kept in each checkpoint; a resumed run must have the same."""
 
     seed: int = 0
@@ -24,10 +24,3 @@ class Config:
     rate: float = 1e-3
     backend: str = "auto"
     threads: int = 2
-
-    def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def seed_of(self, name: str) -> int:
-        """A seed for one part of the run, so that no part depends on what ran before it."""
-        return zlib.crc32(f"{self.seed}/{name}".encode())

@@ -229,7 +229,7 @@ def publish(out: Path) -> None:
     """report.md and the table, from report.json."""
     content = read_json(out)
     with parsing(out):
-        config, rates = Config(**content["config"]), content["word_error_rates"]
+        config, rates = Config.from_json(content["config"]), content["word_error_rates"]
         columns = ("model", "what", *(f"WER, {part}, %" for part in rates[TEACHER]))
         rows = [
             [name, MEANINGS[name].format(config.layers), *(f"{100 * rate:.1f}" for rate in found.values())]
