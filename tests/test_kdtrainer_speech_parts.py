@@ -7,6 +7,10 @@ import subprocess
 import sys
 import time
 import wave
+from concurrent.futures import Future
+from functools import partial
+from queue import Queue
+from threading import Event
 
 import numpy as np
 import pytest
@@ -20,7 +24,7 @@ from speaking import SHORT, TEACHERS, UTTERANCE, assert_same_utterances, files_o
 
 from kdtrainer import cli
 from kdtrainer.errors import RunError
-from kdtrainer.speech import corpus, distill, features, folder, models, run, synthesis, text
+from kdtrainer.speech import corpus, distill, features, folder, models, pool, run, synthesis, text
 from kdtrainer.speech.config import LESSONS, Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
@@ -242,3 +246,23 @@ def test_flac_needs_a_package(own, monkeypatch):
     monkeypatch.setattr(folder, "find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"12-34-0001\.flac: soundfile must be installed"):
         folder.read(folder.recordings(own)[1])
+
+
+def test_what_a_worker_says_late_is_nobody_elses():
+    """A job's end may overtake its reports in their queue: the last one is not lost, nor taken for the next job's."""
+    ended = Future()
+    ended.set_result((3, 0.25))
+    steps, heard = Queue(), []
+
+    def on_step(name, step, loss):
+        heard.append((name, step, loss))
+
+    def follow(number, name):
+        failures = pool.follow({ended: (number, partial(on_step, name))}, steps, Event(), lambda: False)
+        assert failures == []
+
+    follow(0, "first")
+    steps.put((0, (2, 0.5)))
+    steps.put((0, (3, 0.25)))
+    follow(1, "second")
+    assert heard == [("first", 3, 0.25), ("second", 3, 0.25)]

@@ -4,11 +4,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import count as numbers_from
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -25,7 +26,9 @@ RunAll = Callable[[Work, Sequence[Any], Sequence[OnStep]], None]
 
 POLL = 0.1  # seconds between two looks at what the workers report
 
-steps_of_workers: "Queue[tuple[int, int, float | None]]"  # in a worker: job, step, loss
+Report = tuple[int, float | None]  # a step, and its loss where there is one
+
+steps_of_workers: "Queue[tuple[int, Report]]"  # in a worker: a job's number, and what it reports
 stopped: Event  # in a worker: whether it is to end after this step
 
 
@@ -43,7 +46,7 @@ def workers(count: int, threads: int) -> Iterator[RunAll]:
         steps, stop = spawn.Queue(), spawn.Event()
         with ProcessPoolExecutor(count, spawn, start, (threads, steps, stop)) as pool:
             try:
-                yield partial(beside_each_other, pool, steps, stop, interrupted)
+                yield partial(beside_each_other, pool, numbers_from(), steps, stop, interrupted)
             finally:
                 stop.set()
 
@@ -59,15 +62,19 @@ def one_after_the_other(
 
 def beside_each_other(
     pool: ProcessPoolExecutor,
-    steps: "Queue[tuple[int, int, float | None]]",
+    numbers: Iterator[int],
+    steps: "Queue[tuple[int, Report]]",
     stop: Event,
     interrupted: Callable[[], bool],
     work: Work,
     jobs: Sequence[Any],
     on_steps: Sequence[OnStep],
 ) -> None:
-    futures = [pool.submit(call, work, k, job) for k, job in enumerate(jobs)]
-    failures = follow(futures, steps, stop, interrupted, on_steps)
+    running = {}
+    for job, on_step in zip(jobs, on_steps, strict=True):
+        number = next(numbers)
+        running[pool.submit(call, work, number, job)] = (number, on_step)
+    failures = follow(running, steps, stop, interrupted)
     for failure in sorted(failures, key=lambda each: isinstance(each, Interrupted)):
         if isinstance(failure, BrokenProcessPool):
             raise RunError("a worker ended where it should not (killed, or out of memory?): add --resume") from failure
@@ -77,28 +84,34 @@ def beside_each_other(
 
 
 def follow(
-    futures: Sequence["Future[None]"],
-    steps: "Queue[tuple[int, int, float | None]]",
+    running: "Mapping[Future[Report | None], tuple[int, OnStep]]",
+    steps: "Queue[tuple[int, Report]]",
     stop: Event,
     interrupted: Callable[[], bool],
-    on_steps: Sequence[OnStep],
 ) -> list[BaseException]:
-    """Wait for all of them, and say how far they are. A failure or Ctrl-C ends them all, each after its step."""
-    pending, failures = set(futures), []
+    """Wait for all of them, and say how far they are. A failure or Ctrl-C ends them all, each after its step.
+
+    A job's result may overtake what it put into the queue before: it brings the last report with it, and what comes
+    later from a job that has ended, of this call or of one before, is old.
+    """
+    on_steps, pending, failures = dict(running.values()), set(running), []
     while pending:
         done, pending = wait(pending, POLL, FIRST_COMPLETED)
-        failures += [failure for failure in map(failure_of, done) if failure is not None]
         while not steps.empty():
-            k, step, loss = steps.get()
-            on_steps[k](step, loss)
+            number, report = steps.get()
+            if number in on_steps:
+                on_steps[number](*report)
+        for future in done:
+            on_step = on_steps.pop(running[future][0])
+            failure = None if future.cancelled() else future.exception()
+            if failure is not None:
+                failures.append(failure)
+            elif not future.cancelled() and (last := future.result()) is not None:
+                on_step(*last)
         if failures or interrupted():
             stop.set()
             pending = {future for future in pending if not future.cancel()}
     return failures
-
-
-def failure_of(future: "Future[None]") -> BaseException | None:
-    return None if future.cancelled() else future.exception()
 
 
 @contextmanager
@@ -106,7 +119,7 @@ def as_they_are(interrupted: Callable[[], bool]) -> Iterator[Callable[[], bool]]
     yield interrupted
 
 
-def start(threads: int, steps: "Queue[tuple[int, int, float | None]]", stop: Event) -> None:
+def start(threads: int, steps: "Queue[tuple[int, Report]]", stop: Event) -> None:
     """In a worker: Ctrl-C is the parent's to hear, and who loses the parent ends."""
     global steps_of_workers, stopped
     steps_of_workers, stopped = steps, stop
@@ -128,8 +141,16 @@ def prepare(threads: int) -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def call(work: Work, k: int, job: Any) -> None:
-    """In a worker."""
+def call(work: Work, number: int, job: Any) -> Report | None:
+    """In a worker: the job's last report."""
     if stopped.is_set():
         raise Interrupted
-    work(job, lambda step, loss: steps_of_workers.put((k, step, loss)), lambda: as_they_are(stopped.is_set))
+    last = None
+
+    def on_step(step: int, loss: float | None) -> None:
+        nonlocal last
+        last = (step, loss)
+        steps_of_workers.put((number, last))
+
+    work(job, on_step, lambda: as_they_are(stopped.is_set))
+    return last
