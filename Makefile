@@ -35,7 +35,7 @@ demo: $(STAMP)
 	$(RUN) -m kdtrainer whisper-step --steps 2 --out $(OUT)/whisper-step
 
 test: $(STAMP)
-	$(RUN) -m pytest -q -n auto --dist loadfile
+	$(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)
 	$(RUN) -m kdkernels bench --json $(OUT)/bench.json --png $(OUT)/bench.png

@@ -14,6 +14,8 @@ from kdkernels.testing.compare import poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = ("avx512", "avx2", "baseline")
+# A process that takes a file takes all of it: one of these at the end would leave the other processes without work.
+LONGEST = ("test_mutations_triton", "test_mutations_native", "test_triton_aot", "test_cli", "test_cuda_host")
 BF16_ISAS = ("amx", "avx512_bf16")  # avx512 and instructions for bfloat16
 
 
@@ -65,7 +67,8 @@ def package_without_module(tmp_path: Path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` need one; tests marked `native` need the compiled module."""
+    """The longest files first; tests marked `gpu` need one; tests marked `native` need the compiled module."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     missing = _native.why_not()
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -112,7 +112,7 @@ def test_the_distilled_student_learns_from_the_alignment():
     teachers = [(name, models.TEACHERS[name]().requires_grad_(False)) for name in TEACHERS]
     torch.manual_seed(0)
     task = distillation_task("distilled", models.student(), teachers, digits, config, 1e-3, "reference")
-    losses = task.losses()
+    losses = task.losses(*task.draw())
     torch.testing.assert_close(losses["loss"], losses["cross_entropy"] + 3 * losses["alignment"])
     losses["alignment"].backward()
     names = {name for name, p in task.trained.named_parameters() if p.grad is not None and p.grad.any()}
@@ -153,7 +153,7 @@ def test_with_lora_the_teachers_logits_reach_the_adapters_alone(metric):
     student = models.student()
     models.adapt(student, 2, "reference")
     task = distillation_task("distilled", student, teachers, digits, config, 1e-3, "reference")
-    losses = task.losses()
+    losses = task.losses(*task.draw())
     torch.testing.assert_close(losses["loss"], losses["cross_entropy"] + 3 * losses["alignment"])
     losses["alignment"].backward()
     trained = {name for name, p in task.trained.named_parameters() if p.requires_grad}

@@ -17,8 +17,8 @@ import kdkernels as kd
 from kdtrainer import checkpoint, cli, data
 from kdtrainer.compress import reductions, sequences, training
 from kdtrainer.compress.config import Config
-from kdtrainer.compress.ranks import Ranks
 from kdtrainer.errors import RunError
+from kdtrainer.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdkernels runs on plain PyTorch:RuntimeWarning")
 
@@ -260,10 +260,7 @@ def test_every_epoch_visits_every_index_once_in_an_order_of_its_own():
 
 
 def test_processes_share_a_batch():
-    alone, shares = Ranks("cpu"), []
-    for rank in range(3):
-        alone.rank, alone.world = rank, 3
-        shares.append(alone.share(torch.arange(9)))
+    shares = [Ranks(rank, 3).share(torch.arange(9)) for rank in range(3)]
     assert all(len(x) == 3 for x in shares) and torch.cat(shares).sort().values.tolist() == list(range(9))
 
 

@@ -68,16 +68,14 @@ def task_of(config, digits, backend="reference"):
 
 def losses_of(task, seed=5):
     torch.manual_seed(seed)  # of the batch
-    return task.losses()
+    return task.losses(*task.draw())
 
 
 def plain_soft_targets(task, teachers, digits, temperature, seed=5):
     """T² KL(mean of the teachers' distributions ‖ the student's), of logits, on the batch of `losses_of`."""
     torch.manual_seed(seed)
-    distill.batch_of(digits.labelled, distill.LABELLED_BATCH)
-    images = digits.train_images[
-        distill.batch_of(torch.arange(len(digits.train_images)), distill.DISTILLED_BATCH)
-    ]  # (DISTILLED_BATCH, 64)
+    _, distilled = task.draw()
+    images = digits.train_images[distilled]  # (DISTILLED_BATCH, 64)
     with torch.no_grad():
         p = torch.stack([(teacher(images)[0] / temperature).softmax(-1) for _, teacher in teachers]).mean(0)
     log_q = (task.model(images)[0] / temperature).log_softmax(-1)

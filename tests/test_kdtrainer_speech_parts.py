@@ -145,7 +145,7 @@ def test_a_lesson_trains_adapters_and_projectors_alone(name):
         found = task.trained.student.eval()(frames, lengths)
         assert torch.equal(found, base.eval()(frames, lengths)), "an adapter starts at 0"
     task.trained.student.train()
-    losses = task.losses()
+    losses = task.losses(*task.draw())
     losses["loss"].backward()
     trained = {each for each, p in task.trained.named_parameters() if p.requires_grad}
     assert trained == {each for each, p in task.trained.named_parameters() if p.grad is not None}

@@ -192,8 +192,8 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(uninterrupted, no_plots,
         raise Killed
 
     where, name, number, act, after = {
-        "in the heads": (tasks, "batch_of", 3 * STEPS + 5, kill, True),
-        "in a student": (tasks, "batch_of", 3 * STEPS + STEPS + 2 * STEPS + 5, kill, False),
+        "in the heads": (tasks, "drawn", 3 * STEPS + 5, kill, True),
+        "in a student": (tasks, "drawn", 3 * STEPS + STEPS + 2 * STEPS + 5, kill, False),
         "in a write": (checkpoint, "write_atomically", 8, in_write, False),
         "before a name": (checkpoint.os, "replace", 7, kill, False),
         "in the report": (report, "publish", 1, kill, False),
@@ -211,7 +211,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(uninterrupted, no_plots,
 
 def test_ctrl_c_can_be_resumed(uninterrupted, no_plots, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        at_call(patched, tasks, "batch_of", 3 * STEPS + 3, lambda: signal.raise_signal(signal.SIGINT))
+        at_call(patched, tasks, "drawn", 3 * STEPS + 3, lambda: signal.raise_signal(signal.SIGINT))
         assert subspace(*SHORT, "--out", tmp_path) == cli.INTERRUPTED
     assert "interrupted; add --resume" in capsys.readouterr().err
     assert checkpoint.progress(path_of(tmp_path, "seed0-cnn-heads")).step == 3
@@ -239,7 +239,7 @@ def test_heads_trained_together_are_heads_trained_alone():
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
-        task.losses()["loss"].backward()
+        task.losses(*task.draw())["loss"].backward()
         optimizer.step()
     for name, head in alone.items():
         batches.manual_seed(2)
@@ -276,7 +276,7 @@ def test_lessons_are_what_their_formulas_say(which, projection):
     _, heads = tasks.heads_task("heads", features, found, settings)
     task, student = tasks.taught_task("student", which, found, few, features, heads, settings)
     torch.manual_seed(3)
-    losses = task.losses()
+    losses = task.losses(*task.draw())
     torch.manual_seed(3)
     many = torch.randperm(len(found.train))[: tasks.DISTILLED_BATCH]
     some = few[torch.randperm(len(few))[: tasks.LABELLED_BATCH]]
@@ -306,7 +306,7 @@ def test_the_teachers_heads_learn_nothing_of_a_student(which):
     task, student = tasks.taught_task("student", which, found, few, features, heads, settings)
     shared = student.head[1] if which == tasks.REUSED else student.head
     assert any(p.requires_grad for p in shared.parameters()) is (which == tasks.SOFT_TARGETS)
-    task.losses()["loss"].backward()
+    task.losses(*task.draw())["loss"].backward()
     assert all(p.grad is None for p in heads.parameters())
     assert all(p.grad is not None for p in task.trained.parameters() if p.requires_grad)
 

@@ -20,6 +20,7 @@ from transformers import WhisperForConditionalGeneration
 
 from kdtrainer import cli, train
 from kdtrainer.errors import RunError
+from kdtrainer.ranks import ALONE
 from kdtrainer.whisper import pair as whisper
 from kdtrainer.whisper import pretrained, sentences, student
 from kdtrainer.whisper.config import Config
@@ -187,7 +188,8 @@ def test_only_the_tokens_of_a_sentence_count(toy):
 
     def soft_targets(tokens, features):
         torch.manual_seed(0)
-        return student.distillation(pair, student.Heard(features, []), tokens, config).losses()["soft_targets"].item()
+        task = student.distillation(pair, student.Heard(features, []), tokens, config, ALONE)
+        return task.losses(*task.draw())["soft_targets"].item()
 
     both = soft_targets(tokens, features)
     counts = [(row != student.IGNORED).sum().item() - 1 for row in tokens]

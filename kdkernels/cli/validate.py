@@ -6,8 +6,9 @@ Exit code 1 when any check fails. Backends that cannot run on this machine are l
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from time import monotonic
 from typing import Any
 
@@ -15,6 +16,7 @@ from kdkernels.backend import BACKENDS, TABLE
 from kdkernels.cli.machine import machine
 from kdkernels.cli.table import DIM, RED, print_table
 from kdkernels.testing import SUITES, checks, names, operators, suite
+from kdkernels.testing.check import Check
 from kdkernels.testing.compare import Deviation, poisoned_memory
 
 COLUMNS = ("op", "backend", "method", "device", "dtype", "variant", "cases", "worst", "error", "budget", "")
@@ -85,9 +87,8 @@ def validate(op: str, backend: str | None, quick: bool, exitfirst: bool) -> list
     """Run the checks of one operator; a check that raises has failed, the others still run."""
     results: list[Result] = []
     progress = Progress()
-    for check in checks(op, quick):
-        if backend not in (None, check.backend):
-            continue
+    found = [check for check in checks(op, quick) if backend in (None, check.backend)]
+    for check in spread_out(found) if exitfirst else found:
         dtype = str(check.dtype).removeprefix("torch.")
         row = (check.op, check.backend, check.method, check.device, dtype, check.variant, check.case)
         failed = sum(not result.ok for result in results)
@@ -103,6 +104,18 @@ def validate(op: str, backend: str | None, quick: bool, exitfirst: bool) -> list
             break
     progress.clear()
     return results
+
+
+def spread_out(checks: Sequence[Check]) -> list[Check]:
+    """The first case of each dtype and variant, then the second: what is wrong with one of them shows the sooner."""
+    met: Counter[tuple[Any, ...]] = Counter()
+
+    def place(check: Check) -> int:
+        key = (check.backend, check.method, check.device, check.dtype, check.variant)
+        met[key] += 1
+        return met[key]
+
+    return sorted(checks, key=place)
 
 
 class Progress:
@@ -135,8 +148,10 @@ def show(results: list[Result], skipped: list[dict[str, str]]) -> None:
     """One row for each implementation, method, dtype and variant: its worst case."""
     rows: list[tuple[str, ...]] = []
     styles = []
-    for key, group in groupby(results, key=lambda r: (r.op, r.backend, r.method, r.device, r.dtype, r.variant)):
-        found = list(group)
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for r in results:
+        groups.setdefault((r.op, r.backend, r.method, r.device, r.dtype, r.variant), []).append(r)
+    for key, found in groups.items():
         worst = max(found, key=lambda r: (r.failure is not None, not r.ok, r.worst.used if r.worst else 0))
         passed = f"{sum(r.ok for r in found)}/{len(found)}"
         rows.append((*key, passed, *describe(worst), "ok" if all(r.ok for r in found) else "FAILED"))

@@ -14,6 +14,7 @@ from kdtrainer.config import Config
 from kdtrainer.distill import LABELLED_BATCH, TEACHER_BATCH, ModelTask, distillation_task, labels_task
 from kdtrainer.errors import RunError
 from kdtrainer.progress import progress_bar
+from kdtrainer.ranks import Ranks, together
 from kdtrainer.serving import explanation, serving_backend
 from kdtrainer.train import fit
 
@@ -53,13 +54,15 @@ def run(config: Config, options: Options) -> bool:
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     digits = data.load(config.labels, config.seed_of("labels"))
-    kept_bytes = prepare(config, options)
-    log = metrics.MetricsLog(options.out / "metrics.jsonl", kept_bytes)
-    try:
-        done = train_all(config, options, digits, log)
-    finally:
-        log.close()
-    return conclude(config, options, digits, done)
+    with together() as ranks:
+        config = replace(config, world=ranks.world)
+        log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
+        try:
+            done = train_all(config, options, digits, log, ranks)
+        finally:
+            if log:
+                log.close()
+        return all(ranks.gather(conclude(config, options, digits, done) if ranks.leads else True))
 
 
 def checkpoint_path(out: Path, task: str) -> Path:
@@ -71,16 +74,19 @@ def prepare(config: Config, options: Options) -> int:
     return checkpoint.prepare(options.out, options.resume, lambda _: config, Progress)
 
 
-def train_all(config: Config, options: Options, digits: data.Digits, log: metrics.MetricsLog) -> dict[str, ModelTask]:
+def train_all(
+    config: Config, options: Options, digits: data.Digits, log: metrics.MetricsLog | None, ranks: Ranks
+) -> dict[str, ModelTask]:
     """Every task of the experiment, done, by its name; the teachers first."""
     done: dict[str, ModelTask] = {}
     everything = torch.arange(len(digits.train_images))
-    with progress_bar() as bar:
+    with progress_bar(ranks.leads) as bar:
 
         def train(task: ModelTask) -> None:
             path = checkpoint_path(options.out, task.name)
             torch.manual_seed(config.seed_of("batches"))
-            fit(task, config, path, log, options.checkpoint_every, bar.task(task.name, task.steps))
+            on_step = bar.task(task.name, task.steps)
+            fit(task, config, path, log, options.checkpoint_every, on_step, ranks=ranks)
             task.model.eval()
             done[task.name] = task
 

@@ -15,7 +15,7 @@ from kdtrainer import models
 from kdtrainer.config import Config
 from kdtrainer.data import CLASSES, Digits
 from kdtrainer.states import standardised
-from kdtrainer.train import Task
+from kdtrainer.train import Task, drawn
 
 PAIRS = ((0, 0), (1, 1))  # early and late states of the student and of each teacher
 TEACHER_BATCH, LABELLED_BATCH, DISTILLED_BATCH = 64, 32, 128
@@ -26,11 +26,6 @@ class ModelTask(Task):
     """Of a classifier, which is trained or is part of that."""
 
     model: models.Classifier
-
-
-def batch_of(indices: Tensor, size: int) -> Tensor:
-    """`size` of the indices, or all, without repetition."""
-    return indices[torch.randperm(len(indices))[:size]]
 
 
 def evaluation(model: models.Classifier, digits: Digits) -> dict[str, float]:
@@ -44,12 +39,12 @@ def labels_task(
 ) -> ModelTask:
     """Cross-entropy on the training images in `labelled`."""
 
-    def losses() -> dict[str, Tensor]:
-        batch = batch_of(labelled, size)
+    def losses(batch: Tensor) -> dict[str, Tensor]:
         logits, _ = model(digits.train_images[batch])
         return {"loss": F.cross_entropy(logits, digits.train_labels[batch])}
 
-    return ModelTask(name, steps, rate, model, losses, partial(evaluation, model, digits), model)
+    draw, evaluate = partial(drawn, (labelled, size)), partial(evaluation, model, digits)
+    return ModelTask(name, steps, rate, model, draw, losses, evaluate, model)
 
 
 def distillation_task(
@@ -92,8 +87,7 @@ def distillation_task(
             backend=backend,
         )
 
-    def losses() -> dict[str, Tensor]:
-        few, many = batch_of(digits.labelled, LABELLED_BATCH), batch_of(everything, DISTILLED_BATCH)
+    def losses(few: Tensor, many: Tensor) -> dict[str, Tensor]:
         states = model.states(digits.train_images[torch.cat([few, many])])
         logits = model.head(states[-1][: len(few)])
         distilled = [state[len(few) :] for state in states]
@@ -108,7 +102,8 @@ def distillation_task(
         return {"loss": loss} | parts
 
     trained = nn.ModuleDict({"student": model, "aligners": aligners})
-    return ModelTask(name, config.steps, rate, trained, losses, partial(evaluation, model, digits), model)
+    draw = partial(drawn, (digits.labelled, LABELLED_BATCH), (everything, DISTILLED_BATCH))
+    return ModelTask(name, config.steps, rate, trained, draw, losses, partial(evaluation, model, digits), model)
 
 
 def aligner(

@@ -22,3 +22,11 @@ def number(kind: Callable[[str], float], least: float, above: bool = False) -> C
         return value
 
     return parse
+
+
+def fraction(text: str) -> float:
+    """At least 0 and below 1."""
+    value = number(float, 0.0)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is too large, must be below 1")
+    return value

@@ -14,6 +14,7 @@ class RunConfig:
     """Every field is kept in each checkpoint and in the report; a resumed run must have the same."""
 
     seed: int = 0
+    world: int = 1  # processes that share every batch
 
     def as_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)

@@ -17,6 +17,7 @@ from kdtrainer import checkpoint
 from kdtrainer.checkpoint import AnyConfig, Progress
 from kdtrainer.errors import RunError
 from kdtrainer.metrics import MetricsLog
+from kdtrainer.ranks import ALONE, Ranks
 
 EVALUATE_EVERY = 20
 WEIGHT_DECAY = 0.01
@@ -28,14 +29,20 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """Something to train: `losses` draws its batch from torch's generator, and its "loss" is minimised."""
+    """Something to train."""
 
     name: str
     steps: int
     learning_rate: float
     trained: nn.Module  # the model, and what is trained beside it
-    losses: Callable[[], dict[str, Tensor]]
+    draw: Callable[[], tuple[Tensor, ...]]  # from torch's generator: the examples of a step, kind by kind
+    losses: Callable[..., dict[str, Tensor]]  # of these, or of a process's share of each: "loss" is minimised
     evaluate: Callable[[], dict[str, float]]  # what metrics.jsonl should know beside the losses
+
+
+def drawn(*kinds: tuple[Tensor, int]) -> tuple[Tensor, ...]:
+    """Of each kind: so many of the indices, or all, without repetition."""
+    return tuple(indices[torch.randperm(len(indices))[:size]] for indices, size in kinds)
 
 
 def cosine(share: float) -> float:
@@ -65,7 +72,7 @@ def fit(
     task: Task,
     config: AnyConfig,
     path: Path,
-    metrics: MetricsLog,
+    metrics: MetricsLog | None,
     checkpoint_every: int,
     on_step: Callable[[int, float | None], None],
     evaluate_every: int = EVALUATE_EVERY,
@@ -73,8 +80,11 @@ def fit(
     schedule: Callable[[float], float] = cosine,
     largest_gradient: float = math.inf,
     interruptions: Callable[[], AbstractContextManager[Callable[[], bool]]] = interruptions,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train `task` from the checkpoint at `path`, or from the start where there is none, to its last step.
+
+    The processes of `ranks` share every batch; the leading one alone has `metrics` and writes.
 
     Raises RunError where the loss is no number, Interrupted after Ctrl-C.
     """
@@ -90,26 +100,31 @@ def fit(
         for step in range(done.step + 1, task.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = task.learning_rate * schedule((step - 1) / task.steps)
-            losses = task.losses()
-            record: dict[str, Any] = {"task": task.name, "step": step}
-            record |= {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(record["loss"]):
+            shares = [ranks.share(indices) for indices in task.draw()]
+            with ranks.own_chance():
+                losses = task.losses(*shares)
+            found = ranks.mean({name: value.item() for name, value in losses.items()})
+            if not math.isfinite(found["loss"]):
                 kept = f"the checkpoint in {path} is from before" if path.exists() else "there is no checkpoint"
-                raise RunError(f"{task.name}, step {step}: the loss is {record['loss']}; {kept}")
+                raise RunError(f"{task.name}, step {step}: the loss is {found['loss']}; {kept}")
             optimizer.zero_grad()
             losses["loss"].backward()
+            ranks.average(p.grad for p in trained if p.grad is not None)
             if largest_gradient < math.inf:
                 nn.utils.clip_grad_norm_(trained, largest_gradient)
             optimizer.step()
 
-            if step % evaluate_every == 0 or step == task.steps:
-                record |= task.evaluate()
-            metrics.append(record)
-            stop = interrupted()
-            if step % checkpoint_every == 0 or step == task.steps or stop:
-                # Metrics first: a checkpoint never counts on a line that is not on the disk.
-                progress = Progress(step, metrics.sync(), time.perf_counter() - start)
-                checkpoint.save(path, task.trained, optimizer, config, progress)
-            on_step(step, record["loss"])
+            stop = any(ranks.gather(interrupted()))
+            if metrics:
+                record: dict[str, Any] = {"task": task.name, "step": step} | found
+                if step % evaluate_every == 0 or step == task.steps:
+                    record |= task.evaluate()
+                metrics.append(record)
+                if step % checkpoint_every == 0 or step == task.steps or stop:
+                    # Metrics first: a checkpoint never counts on a line that is not on the disk.
+                    progress = Progress(step, metrics.sync(), time.perf_counter() - start)
+                    checkpoint.save(path, task.trained, optimizer, config, progress)
+            on_step(step, found["loss"])
             if stop:
                 raise Interrupted
+    ranks.check_equal(task.trained)  # and none looks for the checkpoint before it is there

@@ -26,6 +26,7 @@ from kdkernels.testing.linear_distillation.inputs import (
 )
 
 OP = "linear_distillation_loss"
+FEWER = 7  # points
 
 QUICK: dict[str, dict[str, Any]] = {
     "one teacher": {"temperature": 2.0},
@@ -71,7 +72,10 @@ def checks(quick: bool = False) -> Iterator[Check]:
 
 def cases(backend: str, method: str, device: str, dtype: torch.dtype, divergence: str, quick: bool) -> Iterator[Check]:
     """The cases of one implementation, dtype and divergence."""
-    for name, arguments in (QUICK if quick else CASES).items():
+    # A program of Triton's works on one point, and its interpreter on one program at a time.
+    fewer = {"N": FEWER} if quick and backend == "triton" and device == "cpu" else {}
+    for name, case in (QUICK if quick else CASES).items():
+        arguments = fewer | case
         if applies(divergence, dtype, arguments):
             full: dict[str, Any] = {"divergence": divergence, "dtype": dtype, "device": device} | arguments
             yield Check(OP, backend, method, device, dtype, divergence, name, partial(compare_case, full, backend))

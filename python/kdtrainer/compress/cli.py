@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtrainer.compress.config import BASELINES, POSTHOC, UNCOMPRESSED, Config
-from kdtrainer.numbers import number
+from kdtrainer.numbers import fraction, number
 
 
 def add_compress(experiments: Any) -> None:
@@ -61,14 +61,6 @@ def add_compress(experiments: Any) -> None:
     add("--device", choices=("cpu", "cuda"), default=d.device, help="of every process")
     add("--checkpoint-every", type=count, default=100, metavar="STEPS", help="and at the end of each model")
     add("--evaluate-every", type=count, default=50, metavar="STEPS", help="on the test set; the clock stands still")
-
-
-def fraction(text: str) -> float:
-    """At least 0 and below 1."""
-    value = number(float, 0.0)(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} is too large, must be below 1")
-    return value
 
 
 def part(text: str) -> float:

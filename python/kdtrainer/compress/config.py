@@ -39,7 +39,6 @@ class Config(RunConfig):
     hsv_weight: float = 0.0
     threads: int = 2
     device: str = "cpu"
-    world: int = 1  # processes that share a batch
 
     def rate(self, step: int) -> float:
         """The share of the learning rate in a step, from 1: a linear rise, then half a cosine."""

@@ -9,11 +9,11 @@ import torch
 from kdtrainer import checkpoint, metrics
 from kdtrainer.compress import report, sequences
 from kdtrainer.compress.config import COMPRESSED, POSTHOC, PRUNED, SMALL, UNCOMPRESSED, Config
-from kdtrainer.compress.ranks import Ranks
 from kdtrainer.compress.reductions import after_training, keeping, truncating
 from kdtrainer.compress.training import Progress, Task, Trained, Training, accuracy_of
 from kdtrainer.errors import RunError
 from kdtrainer.progress import ProgressBar, progress_bar
+from kdtrainer.ranks import Ranks, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +31,14 @@ class Options:
 def run(config: Config, options: Options) -> None:
     """Train, and write the report. Raises RunError when it cannot start or go on, `train.Interrupted` after Ctrl-C."""
     torch.set_num_threads(config.threads)
-    ranks = Ranks(config.device)
-    try:
+    with together(config.device) as ranks:
         config = dataclasses.replace(config, world=ranks.world)
         check(config, options)
         data = sequences.load(config.data, config.length)
         if min(config.batch, len(data.train)) % ranks.world:
             raise RunError(f"{config.data} has {len(data.train)} sequences, which {ranks.world} processes cannot share")
-        log, why = None, ""
-        if ranks.leads:
-            try:
-                log = metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options))
-            except (RunError, OSError) as error:
-                why = str(error)
-        why = ranks.gather(why)[0]  # and none looks for a checkpoint before the old ones are gone
-        if why:
-            raise RunError(why)
+        # none looks for a checkpoint before the old ones are gone
+        log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
         try:
             with progress_bar(ranks.leads) as bar:
                 results = [
@@ -59,8 +51,6 @@ def run(config: Config, options: Options) -> None:
         if ranks.leads:
             report.write(options.out, config, options.seeds, results)
             report.publish(options.out)
-    finally:
-        ranks.close()
 
 
 def check(config: Config, options: Options) -> None:

@@ -16,10 +16,10 @@ import kdkernels as kd
 from kdkernels.nn import LRU, LRUClassifier
 from kdtrainer import checkpoint
 from kdtrainer.compress.config import Config
-from kdtrainer.compress.ranks import Ranks
 from kdtrainer.compress.sequences import Sequences
 from kdtrainer.errors import RunError
 from kdtrainer.metrics import MetricsLog
+from kdtrainer.ranks import Ranks
 from kdtrainer.train import Interrupted, interruptions
 
 EVALUATED = 500  # sequences at a time
@@ -160,7 +160,7 @@ class Training:
         self.wrapped.train()
         inputs, labels = self.data.train[batch].to(config.device), self.data.train_labels[batch].to(config.device)
         loss = F.cross_entropy(self.wrapped(inputs), labels)
-        value = self.ranks_mean(loss)
+        value = self.ranks.mean({"loss": loss.item()})["loss"]
         if not math.isfinite(value):
             raise self.diverged(step, f"the loss is {value}")
         self.optimizer.zero_grad()
@@ -182,9 +182,6 @@ class Training:
             assert p.grad is not None
             p.grad += gradient
         return time.perf_counter() - start
-
-    def ranks_mean(self, loss: Tensor) -> float:
-        return sum(self.ranks.gather(loss.item())) / self.ranks.world
 
     def reduce(self, step: int) -> float:
         """Take states away; the leading process decides. The seconds that it took."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 from kdkernels.nn import ProjectionAlignment, head_of
+from kdtrainer.ranks import ALONE, Ranks
 from kdtrainer.speech import models
 from kdtrainer.speech.config import ALL, Config, Lesson
 from kdtrainer.speech.corpus import Batch, Utterances
 from kdtrainer.speech.models import Recogniser
 from kdtrainer.speech.text import BLANK, greedy, word_error_rate
 from kdtrainer.states import standardised
-from kdtrainer.train import Task
+from kdtrainer.train import Task, drawn
 
 PAIRS = ((0, 0), (1, 1))  # middle and last states of the student and of each teacher
 EVALUATED = 50  # utterances at a time
@@ -31,11 +33,6 @@ class Taught:
     aligned: list[list[Tensor]]  # by layer of PAIRS: likewise, standardised
 
 
-def drawn(count: int, size: int) -> list[int]:
-    """`size` numbers below `count`, or all, without repetition."""
-    return torch.randperm(count)[:size].tolist()
-
-
 def ctc(logits: Tensor, batch: Batch) -> Tensor:
     """Of (B, T, CLASSES), for each character."""
     scores = logits.log_softmax(-1).transpose(0, 1)  # (T, B, CLASSES)
@@ -44,15 +41,16 @@ def ctc(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def labels_task(
-    name: str, model: Recogniser, heard: Utterances, test: Utterances, steps: int, size: int, rate: float
+    name: str, model: Recogniser, heard: Utterances, test: Utterances, steps: int, size: int, rate: float, ranks: Ranks
 ) -> Task:
     """CTC on all texts."""
 
-    def losses() -> dict[str, Tensor]:
-        batch = heard.batch(drawn(len(heard), size))
-        return {"loss": ctc(model(batch.frames, batch.lengths), batch)}
+    def losses(chosen: Tensor) -> dict[str, Tensor]:
+        batch = heard.batch(chosen.tolist())
+        return {"loss": ranks.weight(batch.counts.sum()) * ctc(model(batch.frames, batch.lengths), batch)}
 
-    return Task(name, steps, rate, model, losses, on_test_set(model, test))
+    draw = partial(drawn, (torch.arange(len(heard)), size))
+    return Task(name, steps, rate, model, draw, losses, on_test_set(model, test))
 
 
 def student_task(
@@ -63,6 +61,7 @@ def student_task(
     test: Utterances,
     taught: Mapping[str, Taught],
     config: Config,
+    ranks: Ranks = ALONE,
 ) -> Task:
     """CTC on the few labelled utterances, and the lesson on all: adapters and projectors alone are trained."""
     torch.manual_seed(config.seed_of("adapters"))  # the same ones for every lesson
@@ -73,26 +72,32 @@ def student_task(
     if lesson.metric:
         aligners.update({each: Aligner(each, lesson, model, teachers[each].teacher, config) for each in teachers})
     labelled = torch.randperm(len(heard), generator=torch.Generator().manual_seed(config.seed_of("labelled")))
-    few = labelled[: config.labels].tolist()
+    kinds = [(labelled[: config.labels], config.labelled_batch)]
+    if lesson != Lesson():
+        kinds.append((torch.arange(len(heard)), config.batch))
     heads = [head_of(each.teacher.head) for each in teachers.values()]
 
-    def losses() -> dict[str, Tensor]:
-        with_text = [few[k] for k in drawn(len(few), config.labelled_batch)]
-        without = drawn(len(heard), config.batch) if teachers and lesson != Lesson() else []
+    def losses(*chosen: Tensor) -> dict[str, Tensor]:
+        """Of utterances with text, and of others without, if any are to be heard."""
+        with_text, *others = [indices.tolist() for indices in chosen]
+        without = others[0] if others else []
         batch = heard.batch(with_text + without)
         states = model.states(batch.frames, batch.lengths)
         labelled = heard.batch(with_text)
-        parts = {"ctc": ctc(model.head(states[-1][: len(with_text), : labelled.frames.shape[1]]), labelled)}
+        logits = model.head(states[-1][: len(with_text), : labelled.frames.shape[1]])
+        parts = {"ctc": ranks.weight(labelled.counts.sum()) * ctc(logits, labelled)}
         loss = parts["ctc"]
         points = models.counted(batch.frames, batch.lengths).squeeze(-1)
         points[: len(with_text)] = False
         states = [state[points] for state in states]  # (P, width)
+        share = ranks.weight(len(states[-1]))
         if lesson.metric:
             targets = {each: [gathered(layer, without) for layer in teachers[each].aligned] for each in aligners}
-            parts["alignment"] = torch.stack([aligners[each](states, targets[each]) for each in aligners]).mean()
+            alignments = torch.stack([aligners[each](states, targets[each]) for each in aligners])
+            parts["alignment"] = share * alignments.mean()
             loss = loss + config.alignment_weight * parts["alignment"]
         if lesson.soft_targets:
-            parts["soft_targets"] = kd.linear_distillation_loss(
+            parts["soft_targets"] = share * kd.linear_distillation_loss(
                 states[-1],
                 head_of(model.head),
                 [gathered(each.last, without) for each in teachers.values()],
@@ -104,7 +109,7 @@ def student_task(
         return {"loss": loss} | parts
 
     trained = nn.ModuleDict({"student": model, "aligners": aligners})
-    return Task(name, config.steps, config.rate, trained, losses, on_test_set(model, test))
+    return Task(name, config.steps, config.rate, trained, partial(drawn, *kinds), losses, on_test_set(model, test))
 
 
 def on_test_set(model: Recogniser, test: Utterances) -> Callable[[], dict[str, float]]:

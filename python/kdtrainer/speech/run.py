@@ -13,6 +13,7 @@ from kdtrainer.deployment import Deployed
 from kdtrainer.errors import RunError
 from kdtrainer.metrics import MetricsLog
 from kdtrainer.progress import ProgressBar, progress_bar
+from kdtrainer.ranks import Ranks, together
 from kdtrainer.serving import serving_backend
 from kdtrainer.speech import corpus, folder, models, report
 from kdtrainer.speech.config import LESSONS, MOST_SHARE, Config
@@ -58,6 +59,7 @@ class Job:
     config: Config
     options: Options
     splits: Splits
+    ranks: Ranks
 
     @property
     def task(self) -> str:
@@ -90,26 +92,40 @@ def run(config: Config, options: Options) -> None:
     config = dataclasses.replace(config, backend=serving_backend(config.backend), student_seed=config.seed)
     prepare(config.threads)
     check(config, options)
+    with together() as ranks:
+        train_all(dataclasses.replace(config, world=ranks.world), options, ranks)
+
+
+def train_all(config: Config, options: Options, ranks: Ranks) -> None:
+    """Processes of torchrun share each batch, so that each trains what the others do, one model after the other."""
     sources = sources_of(config)
     splits = Splits(*(tuple(source.path(options.cache) for source in part) for part in sources))
+    ranks.led(lambda: prepare_folder(config, options))
+    configs = [dataclasses.replace(config, student_seed=config.seed + k) for k in range(options.seeds)]
+
+    def jobs(names: Sequence[str], configs: Sequence[Config]) -> list[Job]:
+        return [Job(name, each, options, splits, ranks) for each in configs for name in names]
+
+    stages = [jobs(config.teachers, [config]), jobs([BASE], configs), jobs(options.lessons, configs)]
+    count = options.workers if ranks.world == 1 else 1
+    with progress_bar(ranks.leads) as bar, workers(count, config.threads) as run_all:
+        every = [source for part in sources for source in part]
+        ranks.led(lambda: make_data(options.cache, every, run_all, bar))
+        check_data(config, data(splits.train), data(splits.test))
+        for title, stage in zip(("teachers", "bases", "students"), stages, strict=True):
+            on_steps = bar.tasks(title, [job.steps for job in stage])
+            run_all(train, stage, on_steps)
+    if ranks.leads:
+        conclude(config, options, splits, [job for stage in stages for job in stage])
+
+
+def prepare_folder(config: Config, options: Options) -> None:
+    """Clear it for a fresh run, or check that it can go on."""
     own = partial(checkpoint.seeded, config, field="student_seed")
     checkpoint.prepare(options.out, options.resume, own, checkpoint.Progress)
     if not options.resume:
         for path in (options.out / "metrics").glob("*.jsonl"):
             path.unlink()
-    configs = [dataclasses.replace(config, student_seed=config.seed + k) for k in range(options.seeds)]
-
-    def jobs(names: Sequence[str], configs: Sequence[Config]) -> list[Job]:
-        return [Job(name, each, options, splits) for each in configs for name in names]
-
-    stages = [jobs(config.teachers, [config]), jobs([BASE], configs), jobs(options.lessons, configs)]
-    with progress_bar() as bar, workers(options.workers, config.threads) as run_all:
-        make_data(options.cache, [source for part in sources for source in part], run_all, bar)
-        check_data(config, data(splits.train), data(splits.test))
-        for title, stage in zip(("teachers", "bases", "students"), stages, strict=True):
-            on_steps = bar.tasks(title, [job.steps for job in stage])
-            run_all(train, stage, on_steps)
-    conclude(config, options, splits, [job for stage in stages for job in stage])
 
 
 def check(config: Config, options: Options) -> None:
@@ -179,7 +195,7 @@ def train(job: Job, on_step: OnStep, interruptions: Watch) -> None:
     torch.manual_seed(job.config.seed_of("weights"))
     task = task_of(job)
     done = checkpoint.progress(job.path).metrics_bytes if job.path.exists() else 0
-    log = MetricsLog(log_of(job.options.out, job.task), done)
+    log = job.ranks.led(lambda: MetricsLog(log_of(job.options.out, job.task), done))
     torch.manual_seed(job.config.seed_of("batches"))
     try:
         fit(
@@ -193,25 +209,26 @@ def train(job: Job, on_step: OnStep, interruptions: Watch) -> None:
             schedule=lambda share: min(share / RISING + 0.01, 1.0) * cosine(share),
             largest_gradient=LARGEST_GRADIENT,
             interruptions=interruptions,
+            ranks=job.ranks,
         )
     finally:
-        log.close()
+        if log:
+            log.close()
 
 
 def task_of(job: Job) -> Task:
     config, test = job.config, data(job.splits.test)
     if job.name in models.TEACHERS:
         heard, teacher = data(job.splits.train), models.TEACHERS[job.name]()
-        return labels_task(job.task, teacher, heard, test, config.teacher_steps, config.batch, config.teacher_rate)
+        how = config.teacher_steps, config.batch, config.teacher_rate, job.ranks
+        return labels_task(job.task, teacher, heard, test, *how)
     if job.name == BASE:
-        clean = data(job.splits.clean)
-        return labels_task(
-            job.task, models.student(), clean, test, config.base_steps, config.batch, config.teacher_rate
-        )
+        clean, how = data(job.splits.clean), (config.base_steps, config.batch, config.teacher_rate, job.ranks)
+        return labels_task(job.task, models.student(), clean, test, *how)
     base = trained(models.student(), path_of(job.options.out, task_name(config, BASE)))
     lesson = LESSONS[job.name]
     taught = all_taught(dataclasses.replace(config, student_seed=config.seed), job.options.out, job.splits.train)
-    return student_task(job.task, lesson, base, data(job.splits.train), test, taught, config)
+    return student_task(job.task, lesson, base, data(job.splits.train), test, taught, config, job.ranks)
 
 
 def trained(model: Recogniser, path: Path) -> Recogniser:

@@ -12,6 +12,7 @@ from kdtrainer.checkpoint import Progress
 from kdtrainer.data import few_of_each_class
 from kdtrainer.errors import RunError
 from kdtrainer.progress import ProgressBar, progress_bar
+from kdtrainer.ranks import Ranks, together
 from kdtrainer.serving import serving_backend
 from kdtrainer.subspace import minilm, networks, report, tasks
 from kdtrainer.subspace.config import FULL, IMAGE_TEACHERS, TEXT_TEACHERS, WORDNET, Config
@@ -19,6 +20,8 @@ from kdtrainer.subspace.examples import Examples, load
 from kdtrainer.subspace.report import Row
 from kdtrainer.subspace.tasks import Features
 from kdtrainer.train import Task, fit
+
+PRETRAINED = "minilm-features"  # in the folder of checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +48,28 @@ def run(config: Config, options: Options) -> None:
             f"teacher's {width(config)} features: else there are not as many principal directions"
         )
     few_of_each_class(examples.train_labels, examples.classes, config.labels, seed=0)  # or say that there are none
-    kept = checkpoint.prepare(options.out, options.resume, lambda path: checkpoint.seeded(config, path), Progress)
-    log = metrics.MetricsLog(options.out / "metrics.jsonl", kept)
-    try:
-        with progress_bar() as bar:
-            pretrained = pretrained_features(config, options, examples, bar) if config.data == WORDNET else None
-            seeds = [dataclasses.replace(config, seed=config.seed + k) for k in range(options.seeds)]
-            results = [SeedRun(each, options, examples, pretrained, log, bar).rows() for each in seeds]
-    finally:
-        log.close()
-    report.write(options.out, config, examples.classes, results)
-    report.publish(options.out)
+    with together() as ranks:
+        config = dataclasses.replace(config, world=ranks.world)
+        log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
+        try:
+            with progress_bar(ranks.leads) as bar:
+                pretrained = None
+                if config.data == WORDNET:
+                    ranks.led(lambda: make_pretrained_features(config, options, examples, bar))
+                    pretrained = checkpoint.extra(path_of(options, PRETRAINED))["features"]
+                seeds = [dataclasses.replace(config, seed=config.seed + k) for k in range(options.seeds)]
+                results = [SeedRun(each, options, examples, pretrained, log, bar, ranks).rows() for each in seeds]
+        finally:
+            if log:
+                log.close()
+        if ranks.leads:
+            report.write(options.out, config, examples.classes, results)
+            report.publish(options.out)
+
+
+def prepare(config: Config, options: Options) -> int:
+    """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept."""
+    return checkpoint.prepare(options.out, options.resume, lambda path: checkpoint.seeded(config, path), Progress)
 
 
 def check_teachers(config: Config) -> None:
@@ -75,9 +89,9 @@ def path_of(options: Options, name: str) -> Path:
     return options.out / "checkpoints" / f"{name}.safetensors"
 
 
-def pretrained_features(config: Config, options: Options, examples: Examples, bar: ProgressBar) -> Tensor:
-    """(N + M, 384), of training and test set: MiniLM's are the same for all seeds, and take a while."""
-    path = path_of(options, "minilm-features")
+def make_pretrained_features(config: Config, options: Options, examples: Examples, bar: ProgressBar) -> None:
+    """Write (N + M, 384), of training and test set: MiniLM's are the same for all seeds, and take a while."""
+    path = path_of(options, PRETRAINED)
     on_text = bar.task("minilm's features", len(examples.train) + len(examples.test))
     if not path.exists():
         start = time.perf_counter()
@@ -85,7 +99,6 @@ def pretrained_features(config: Config, options: Options, examples: Examples, ba
         progress = Progress(0, 0, time.perf_counter() - start)
         checkpoint.save(path, nn.Module(), None, config, progress, {"features": found})
     on_text(len(examples.train) + len(examples.test), None)
-    return checkpoint.extra(path)["features"]
 
 
 class SeedRun:
@@ -97,11 +110,12 @@ class SeedRun:
         options: Options,
         examples: Examples,
         pretrained: Tensor | None,
-        log: metrics.MetricsLog,
+        log: metrics.MetricsLog | None,
         bar: ProgressBar,
+        ranks: Ranks,
     ) -> None:
         self.config, self.options, self.examples, self.pretrained = config, options, examples, pretrained
-        self.log, self.bar = log, bar
+        self.log, self.bar, self.ranks = log, bar, ranks
         seed = config.seed_of("labels")
         self.few = few_of_each_class(examples.train_labels, examples.classes, config.labels, seed)
         self.everything = torch.arange(len(examples.train))
@@ -168,7 +182,8 @@ class SeedRun:
         path, options = path_of(self.options, task.name), self.options
         torch.manual_seed(self.config.seed_of("batches"))
         on_step = self.bar.task(task.name.replace("-", " ", 1), task.steps)
-        fit(task, self.config, path, self.log, options.checkpoint_every, on_step, options.evaluate_every)
+        every = options.checkpoint_every, on_step, options.evaluate_every
+        fit(task, self.config, path, self.log, *every, ranks=self.ranks)
         return checkpoint.progress(path).seconds
 
 

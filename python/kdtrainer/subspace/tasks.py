@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,10 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 from kdkernels.nn import SubspaceHead, head_of
-from kdtrainer.distill import batch_of
 from kdtrainer.subspace import networks
 from kdtrainer.subspace.config import FULL, PROJECTIONS, RATIOS, Config
 from kdtrainer.subspace.examples import Examples
-from kdtrainer.train import Task
+from kdtrainer.train import Task, drawn
 
 TEACHER_BATCH, HEAD_BATCH, LABELLED_BATCH, DISTILLED_BATCH = 128, 256, 32, 128
 TEACHER_RATE, HEAD_RATE, STUDENT_RATE = 2e-3, 3e-2, 5e-3
@@ -65,11 +65,10 @@ def labels_task(
 ) -> Task:
     """Cross-entropy on the training examples in `labelled`."""
 
-    def losses() -> dict[str, Tensor]:
-        batch = batch_of(labelled, size)
+    def losses(batch: Tensor) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(model(examples.train[batch]), examples.train_labels[batch])}
 
-    return Task(name, steps, rate, model, losses, on_test_set(model, examples))
+    return Task(name, steps, rate, model, partial(drawn, (labelled, size)), losses, on_test_set(model, examples))
 
 
 def on_test_set(model: nn.Module, examples: Examples) -> Callable[[], dict[str, float]]:
@@ -100,15 +99,15 @@ def heads_task(name: str, features: Features, examples: Examples, config: Config
     heads = heads_of(features, examples, config)
     everything = torch.arange(len(features.train))
 
-    def losses() -> dict[str, Tensor]:
-        batch = batch_of(everything, HEAD_BATCH)
+    def losses(batch: Tensor) -> dict[str, Tensor]:
         h, labels = features.train[batch], examples.train_labels[batch]
         return {"loss": torch.stack([F.cross_entropy(head(h), labels) for head in heads.values()]).sum()}
 
     def evaluate() -> dict[str, float]:
         return {name: accuracy(head, features.test, examples.test_labels) for name, head in heads.items()}
 
-    return Task(name, config.head_steps, HEAD_RATE, heads, losses, evaluate), heads
+    draw = partial(drawn, (everything, HEAD_BATCH))
+    return Task(name, config.head_steps, HEAD_RATE, heads, draw, losses, evaluate), heads
 
 
 # Students
@@ -167,18 +166,19 @@ def taught_task(
     labelled = which not in (REUSED, NATIVE)
     everything = torch.arange(len(examples.train))
 
-    def losses() -> dict[str, Tensor]:
-        many = batch_of(everything, DISTILLED_BATCH)
-        seen = torch.cat([batch_of(few, LABELLED_BATCH), many]) if labelled else many
-        z = student.body(examples.train[seen])  # (labelled and others, k)
+    def losses(many: Tensor, *first: Tensor) -> dict[str, Tensor]:
+        """Of all examples, and of some with labels, if there are any."""
+        z = student.body(examples.train[torch.cat([*first, many])])  # (labelled and others, k)
         parts = {"teacher": lesson(z[-len(many) :], features.train[many])}
-        if not labelled:
+        if not first:
             return {"loss": parts["teacher"]} | parts
-        first = seen[: -len(many)]
-        parts["cross_entropy"] = F.cross_entropy(student.head(z[: len(first)]), examples.train_labels[first])
+        labels = examples.train_labels[first[0]]
+        parts["cross_entropy"] = F.cross_entropy(student.head(z[: len(labels)]), labels)
         return {"loss": parts["cross_entropy"] + weight * parts["teacher"]} | parts
 
-    return Task(name, config.steps, STUDENT_RATE, trained, losses, on_test_set(student, examples)), student
+    kinds = [(everything, DISTILLED_BATCH)] + ([(few, LABELLED_BATCH)] if labelled else [])
+    draw, evaluate = partial(drawn, *kinds), on_test_set(student, examples)
+    return Task(name, config.steps, STUDENT_RATE, trained, draw, losses, evaluate), student
 
 
 def lessons(

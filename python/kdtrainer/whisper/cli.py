@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdtrainer.numbers import number
+from kdtrainer.numbers import fraction, number
 from kdtrainer.whisper.config import Config
 
 
@@ -28,6 +28,7 @@ def add_whisper(experiments: Any) -> None:
     add("--seconds", type=count, default=d.seconds, help="that are heard of each; at most 30")
     add("--layers", type=count, default=d.layers, help="of the student's encoder, and of its decoder; at most 4")
     add("--lora-rank", type=count, default=d.rank, dest="rank", metavar="R", help="of each adapter")
+    add("--dropout", type=fraction, default=d.dropout, help="of the adapters' inputs; below 1")
     add("--dimension", type=count, default=d.dimension, metavar="D", help="of the shared space")
     add("--alignment-weight", type=weight, default=d.alignment_weight, metavar="WEIGHT", help="0: nothing is aligned")
     add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="0: none")

@@ -6,6 +6,7 @@ import warnings
 import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from kdtrainer.compress.sequences import packaged
 from kdtrainer.errors import RunError
 from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
 from kdtrainer.progress import progress_bar
+from kdtrainer.ranks import Ranks, together
 from kdtrainer.speech import synthesis
 from kdtrainer.speech.text import normalised, word_error_rate
-from kdtrainer.train import Task, fit
+from kdtrainer.train import Task, drawn, fit
 from kdtrainer.whisper import pair as whisper
 from kdtrainer.whisper import pretrained, sentences
 from kdtrainer.whisper.config import Config
@@ -58,14 +60,13 @@ class Heard:
     texts: list[str]
 
 
-def distillation(pair: whisper.Pair, heard: Heard, tokens: Tensor, config: Config) -> Task:
+def distillation(pair: whisper.Pair, heard: Heard, tokens: Tensor, config: Config, ranks: Ranks) -> Task:
     """Alignment of the last encoder states, and soft targets of every token that counts.
 
     Tokens (N, most) are prompt, text, end, and IGNORED behind it.
     """
 
-    def losses() -> dict[str, Tensor]:
-        chosen = torch.randperm(len(tokens))[: config.batch]
+    def losses(chosen: Tensor) -> dict[str, Tensor]:
         counted = tokens[chosen, 1:] != IGNORED  # a token's states say what comes next
         counted = counted[:, : int(counted.sum(1).max())]
         batch = whisper.Batch(heard.features[chosen], tokens[chosen, : counted.shape[1]].clamp_min(0))
@@ -76,11 +77,13 @@ def distillation(pair: whisper.Pair, heard: Heard, tokens: Tensor, config: Confi
         soft = soft_targets_of_logits if config.backend == "reference" else soft_targets_of_states
         ours, theirs = student.decoder[counted], teacher.decoder[counted]  # (P, width)
         targets = soft(ours, whisper.head(pair.adapted()), theirs, whisper.head(pair.teacher))
+        targets = ranks.weight(len(ours)) * targets
         loss = config.alignment_weight * alignment + config.soft_targets * targets
         return {"loss": loss, "alignment": alignment, "soft_targets": targets}
 
     trained = nn.ParameterList(pair.trained().values())  # the rest is the teacher's
-    return Task("whisper", config.steps, config.rate, trained, losses, dict)
+    draw = partial(drawn, (torch.arange(len(tokens)), config.batch))
+    return Task("whisper", config.steps, config.rate, trained, draw, losses, dict)
 
 
 def shape_of(config: Config) -> whisper.Shape:
@@ -93,14 +96,20 @@ def shape_of(config: Config) -> whisper.Shape:
 def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
     """Distil, measure, and write the report. Raises RunError, and `train.Interrupted` after Ctrl-C."""
     torch.set_num_threads(config.threads)
-    kept = checkpoint.prepare(out, resume, lambda _: config, Progress)
+    with together() as ranks:
+        config = dataclasses.replace(config, world=ranks.world)
+        distil(config, out, resume, checkpoint_every, ranks)
+
+
+def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks: Ranks) -> None:
+    kept = ranks.led(lambda: checkpoint.prepare(out, resume, lambda _: config, Progress))
     tokenizer = pretrained.tokenizer()
     shape = shape_of(config)
     pair = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
     if config.backend != "reference":
         pair.aligner.backend = config.backend
         accelerate(pair.student)
-    with progress_bar() as bar:
+    with progress_bar(ranks.leads) as bar:
         heard, test = (
             synthetic(split, count, config, bar.task(f"utterances, {split}", count))
             for split, count in (("train", config.train), ("test", config.test))
@@ -115,16 +124,21 @@ def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
                 rates[name][part] = error_rate(model, heard, tokenizer)
                 on_step(k + 1, None)
 
-        evaluate(TEACHER, pair.teacher)
-        evaluate(BEFORE, pair.adapted())
-        task = distillation(pair, heard, encoded(heard, tokenizer), config)
+        if ranks.leads:
+            evaluate(TEACHER, pair.teacher)
+            evaluate(BEFORE, pair.adapted())
+        task = distillation(pair, heard, encoded(heard, tokenizer), config, ranks)
         path = out / "checkpoints" / "whisper.safetensors"
-        log = metrics.MetricsLog(out / "metrics.jsonl", kept)
+        log = ranks.led(lambda: metrics.MetricsLog(out / "metrics.jsonl", kept or 0))
         torch.manual_seed(config.seed_of("batches"))
         try:
-            fit(task, config, path, log, checkpoint_every, bar.task("distillation", config.steps))
+            on_step = bar.task("distillation", config.steps)
+            fit(task, config, path, log, checkpoint_every, on_step, ranks=ranks)
         finally:
-            log.close()
+            if log:
+                log.close()
+        if not ranks.leads:
+            return
         evaluate(AFTER, pair.adapted())
     content = {**origin(RECIPE), "config": config.as_json(), "word_error_rates": rates}
     trained = sum(p.numel() for p in pair.trained().values())
