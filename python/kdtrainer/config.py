@@ -47,4 +47,5 @@ class StepConfig:
     batch: int = 4  # clips of 30 s
     dimension: int = 4096  # D
     threads: int = 0  # 0: as many as torch takes
+    students: int = 1  # more: in turn and together, too
     budget: float = BUDGET

@@ -23,6 +23,7 @@ def add_whisper(experiments: Any) -> None:
     add("--out", type=Path, default=Path("runs/whisper"), metavar="DIR", help="a fresh run replaces one that is there")
     add("--resume", action="store_true", help="go on from the checkpoint in DIR, to the same bits")
     add("--seed", type=number(int, 0), default=d.seed, help="of sentences, voices, adapters and batches")
+    add("--students", type=count, default=d.students, metavar="K", help="of the same base, trained beside each other")
     add("--train", type=count, default=d.train, metavar="COUNT", help="sentences to distil on")
     add("--test", type=count, default=d.test, metavar="COUNT", help="sentences held back")
     add("--seconds", type=count, default=d.seconds, help="that are heard of each; at most 30")

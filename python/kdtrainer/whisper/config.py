@@ -10,6 +10,7 @@ class Config(RunConfig):
     """Every field is kept in each checkpoint; a resumed run must have the same."""
 
     seed: int = 0
+    students: int = 1  # on one base, with adapters of their own
     train: int = 400  # utterances
     test: int = 40
     seconds: int = 8  # that are heard of each, instead of 30

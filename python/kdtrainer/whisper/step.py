@@ -1,7 +1,7 @@
 """`python -m kdtrainer whisper-step`: one distillation step by plain PyTorch and PEFT, and by kdkernels."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,9 @@ from kdkernels.integrations.peft import accelerate
 from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import PHASES, StepConfig
 from kdtrainer.errors import RunError
-from kdtrainer.progress import progress_bar
+from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.whisper import pair as whisper
-from kdtrainer.whisper import step_report
+from kdtrainer.whisper import step_report, together
 
 EAGER, OURS = "eager + PEFT", "kdkernels"
 CHECKED_STEPS = 2  # without dropout; the second loss depends on the first step's gradients. They warm up, too
@@ -86,7 +86,10 @@ def run(config: StepConfig, out: Path, as_json: bool, shape: whisper.Shape | Non
                 for phase in PHASES:
                     way.seconds[phase].append(seconds[phase])
             show(step + 1, loss)
-    step_report.publish(summary(config, shape, ways, left, found), out, as_json)
+        told = summary(config, shape, ways, left, found)
+        if config.students > 1:
+            told["students"] = students_together(config, shape, ways[OURS].pair, bar)
+    step_report.publish(told, out, as_json)
     return found.within_budget
 
 
@@ -133,6 +136,25 @@ def train(way: Way, batch: whisper.Batch) -> tuple[dict[str, float], dict[str, f
     way.optimizer.zero_grad()
     watch.lap("optimiser")
     return {"alignment": alignment.item(), "soft targets": targets.item()}, watch.seconds
+
+
+def students_together(config: StepConfig, shape: whisper.Shape, pair: whisper.Pair, bar: ProgressBar) -> dict[str, Any]:
+    """Several of them by kdkernels, in turn and together."""
+
+    def loss_of(pair: whisper.Pair, teacher: whisper.States, batch: whisper.Batch) -> Tensor:
+        encoder, decoder = whisper.states(pair.adapted(), batch)
+        targets = soft_targets_of_states(
+            decoder, whisper.head(pair.adapted()), teacher.decoder, whisper.head(pair.teacher)
+        )
+        return pair.aligner([encoder], [teacher.encoder]) + targets
+
+    def batches() -> Iterator[whisper.Batch]:
+        show = bar.task(f"{config.students} students", config.steps + 1)
+        for step in range(config.steps + 1):
+            yield whisper.batch(shape, config.batch, config.seed + step)
+            show(step + 1, None)
+
+    return together.compared(pair, config.students, config.seed, loss_of, RATE, batches())
 
 
 def soft_targets_of_logits(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:

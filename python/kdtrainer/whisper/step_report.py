@@ -70,6 +70,12 @@ def show(summary: dict[str, Any], out: Path) -> None:
         f"(relative), {verdict} the budget of {found['budget']:g}."
     )
     terminal.print(f"Losses of the timed steps, each with its own masks: {listed(summary['losses'])}.")
+    if students := summary.get("students"):
+        terminal.print(
+            f"{students['count']} students on one base, without dropout: {students['in_turn']:.2f} s for a step of "
+            f"each in turn, {students['together']:.2f} s together, {students['ratio']:.2f} times faster; their losses "
+            f"deviate by {students['loss']:.2g} (relative)."
+        )
     for layer in summary["left_to_peft"]:
         terminal.print(f"left to PEFT: {layer}")
     terminal.print(f"report.json and step.png are in {out}", highlight=False)

@@ -22,7 +22,7 @@ from kdtrainer import checkpoint, metrics
 from kdtrainer.checkpoint import Progress
 from kdtrainer.compress.sequences import packaged
 from kdtrainer.errors import RunError
-from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
+from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
 from kdtrainer.progress import progress_bar
 from kdtrainer.ranks import Ranks, together
 from kdtrainer.speech import synthesis
@@ -32,6 +32,7 @@ from kdtrainer.whisper import pair as whisper
 from kdtrainer.whisper import pretrained, sentences
 from kdtrainer.whisper.config import Config
 from kdtrainer.whisper.step import soft_targets_of_logits, soft_targets_of_states
+from kdtrainer.whisper.together import share_first_layers, siblings, taught
 
 RECIPE, TITLE = "whisper", "Whisper tiny.en into its own first layers"
 RATE = 16000  # samples in a second, of what Whisper hears
@@ -60,28 +61,31 @@ class Heard:
     texts: list[str]
 
 
-def distillation(pair: whisper.Pair, heard: Heard, tokens: Tensor, config: Config, ranks: Ranks) -> Task:
+def distillation(students: Sequence[whisper.Pair], heard: Heard, tokens: Tensor, config: Config, ranks: Ranks) -> Task:
     """Alignment of the last encoder states, and soft targets of every token that counts.
 
-    Tokens (N, most) are prompt, text, end, and IGNORED behind it.
+    Tokens (N, most) are prompt, text, end, and IGNORED behind it. All students hear the same batches, and each learns
+    as if it were alone: none shares a trained parameter with another, and the losses are summed.
     """
+    soft = soft_targets_of_logits if config.backend == "reference" else soft_targets_of_states
 
     def losses(chosen: Tensor) -> dict[str, Tensor]:
         counted = tokens[chosen, 1:] != IGNORED  # a token's states say what comes next
         counted = counted[:, : int(counted.sum(1).max())]
         batch = whisper.Batch(heard.features[chosen], tokens[chosen, : counted.shape[1]].clamp_min(0))
-        with torch.no_grad():
-            teacher = whisper.states(pair.teacher, batch)
-        student = whisper.states(pair.adapted(), batch)
-        alignment = pair.aligner([student.encoder], [teacher.encoder])
-        soft = soft_targets_of_logits if config.backend == "reference" else soft_targets_of_states
-        ours, theirs = student.decoder[counted], teacher.decoder[counted]  # (P, width)
-        targets = soft(ours, whisper.head(pair.adapted()), theirs, whisper.head(pair.teacher))
-        targets = ranks.weight(len(ours)) * targets
-        loss = config.alignment_weight * alignment + config.soft_targets * targets
-        return {"loss": loss, "alignment": alignment, "soft_targets": targets}
+        teacher = taught(students[0], batch)
+        theirs, share = teacher.decoder[counted], ranks.weight(counted.sum())  # (P, width)
+        alignments, targets = [], []
+        for pair in students:
+            student = whisper.states(pair.adapted(), batch)
+            alignments.append(pair.aligner([student.encoder], [teacher.encoder]))
+            heads = whisper.head(pair.adapted()), whisper.head(pair.teacher)
+            targets.append(share * soft(student.decoder[counted], heads[0], theirs, heads[1]))
+        parts = {"alignment": torch.stack(alignments).sum(), "soft_targets": torch.stack(targets).sum()}
+        loss = config.alignment_weight * parts["alignment"] + config.soft_targets * parts["soft_targets"]
+        return {"loss": loss} | parts
 
-    trained = nn.ParameterList(pair.trained().values())  # the rest is the teacher's
+    trained = nn.ParameterList(p for pair in students for p in pair.trained().values())  # the rest is the teacher's
     draw = partial(drawn, (torch.arange(len(tokens)), config.batch))
     return Task("whisper", config.steps, config.rate, trained, draw, losses, dict)
 
@@ -105,29 +109,33 @@ def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks
     kept = ranks.led(lambda: checkpoint.prepare(out, resume, lambda _: config, Progress))
     tokenizer = pretrained.tokenizer()
     shape = shape_of(config)
-    pair = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
+    first = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
+    students = siblings(first, [config.seed_of(f"adapters/{k}") for k in range(1, config.students)])
     if config.backend != "reference":
-        pair.aligner.backend = config.backend
-        accelerate(pair.student)
+        for pair in students:
+            pair.aligner.backend = config.backend
+            accelerate(pair.student)
+        if len(students) > 1:
+            share_first_layers([pair.student for pair in students])
     with progress_bar(ranks.leads) as bar:
         heard, test = (
             synthetic(split, count, config, bar.task(f"utterances, {split}", count))
             for split, count in (("train", config.train), ("test", config.test))
         )
         sets = {"synthetic": test} | librivox(config)
-        rates: dict[str, dict[str, float]] = {}
+        rates: dict[str, dict[str, list[float]]] = {}
 
-        def evaluate(name: str, model: WhisperForConditionalGeneration) -> None:
+        def evaluate(name: str, *models: WhisperForConditionalGeneration) -> None:
             on_step = bar.task(f"words of {name}", len(sets))
             rates[name] = {}
             for k, (part, heard) in enumerate(sets.items()):
-                rates[name][part] = error_rate(model, heard, tokenizer)
+                rates[name][part] = [error_rate(model, heard, tokenizer) for model in models]
                 on_step(k + 1, None)
 
         if ranks.leads:
-            evaluate(TEACHER, pair.teacher)
-            evaluate(BEFORE, pair.adapted())
-        task = distillation(pair, heard, encoded(heard, tokenizer), config, ranks)
+            evaluate(TEACHER, first.teacher)
+            evaluate(BEFORE, first.adapted())
+        task = distillation(students, heard, encoded(heard, tokenizer), config, ranks)
         path = out / "checkpoints" / "whisper.safetensors"
         log = ranks.led(lambda: metrics.MetricsLog(out / "metrics.jsonl", kept or 0))
         torch.manual_seed(config.seed_of("batches"))
@@ -139,10 +147,10 @@ def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks
                 log.close()
         if not ranks.leads:
             return
-        evaluate(AFTER, pair.adapted())
+        evaluate(AFTER, *(pair.adapted() for pair in students))
     content = {**origin(RECIPE), "config": config.as_json(), "word_error_rates": rates}
-    trained = sum(p.numel() for p in pair.trained().values())
-    content["parameters"] = {"teacher": size(pair.teacher), "trained": trained, "aligner": size(pair.aligner)}
+    trained = sum(p.numel() for p in first.trained().values())
+    content["parameters"] = {"teacher": size(first.teacher), "trained": trained, "aligner": size(first.aligner)}
     content["seconds"] = checkpoint.progress(path).seconds
     write_json(out, content)
     publish(out)
@@ -246,15 +254,16 @@ def publish(out: Path) -> None:
         config, rates = Config.from_json(content["config"]), content["word_error_rates"]
         columns = ("model", "what", *(f"WER, {part}, %" for part in rates[TEACHER]))
         rows = [
-            [name, MEANINGS[name].format(config.layers), *(f"{100 * rate:.1f}" for rate in found.values())]
+            [name, MEANINGS[name].format(config.layers), *(spread(each, 1, 100) for each in found.values())]
             for name, found in rates.items()
         ]
         count = content["parameters"]
         adapters = count["trained"] - count["aligner"]
+        beside = f", for {config.students} students beside each other" if config.students > 1 else ""
         remarks = [
             f"{adapters:,} parameters of adapters were trained, {adapters / count['teacher']:.2%} of the teacher's, "
             f"and {count['aligner']:,} of the projections, which are dropped at the end.",
-            f"{config.steps} steps of {config.batch} utterances took {content['seconds']:.0f} s.",
+            f"{config.steps} steps of {config.batch} utterances took {content['seconds']:.0f} s{beside}.",
         ]
         if LIBRIVOX not in rates[TEACHER]:
             remarks.append(f"Not measured on LibriVox's recordings: apt-get install {LIBRIVOX_PACKAGE}.")
