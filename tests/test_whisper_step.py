@@ -62,6 +62,9 @@ def test_both_ways_train_the_same_and_everything_is_told(toy, tmp_path, capsys):
     medians = found["median_seconds"]
     assert found["ratio"] == medians[step.EAGER]["step"] / medians[step.OURS]["step"]
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert "| **step** |" in (tmp_path / "report.md").read_text()
+    assert cli.main(["report", str(tmp_path)]) == cli.DONE
+    assert joined(capsys.readouterr().out) == text
 
 
 @pytest.mark.native

@@ -36,6 +36,7 @@ PUBLISHERS = {  # of a recipe's report.json, by its `publish`
     "speech": "kdtrainer.speech.report",
     "subspace": "kdtrainer.subspace.report",
     "whisper": "kdtrainer.whisper.student",
+    "whisper-step": "kdtrainer.whisper.step_report",
 }
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 DONE, OVER_BUDGET, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -208,7 +209,13 @@ def add_whisper_step(experiments: Any) -> None:
     )
     d = StepConfig()
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/whisper-step"), metavar="DIR", help="of report.json and step.png")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/whisper-step"),
+        metavar="DIR",
+        help="of report.md, report.json and step.png",
+    )
     add("--json", action="store_true", help="print the report, not the table")
     add("--seed", type=number(int, 0), default=d.seed, help="of weights, inputs and masks")
     add("--steps", type=number(int, 1), default=d.steps, help="to time")

@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+from kdtrainer.numbers import number
 
 Kind = TypeVar("Kind", bound="RunConfig")
 
@@ -35,3 +37,17 @@ class RunConfig:
     def seed_of(self, name: str) -> int:
         """A seed for one part of the run, so that no part depends on what ran before it."""
         return zlib.crc32(f"{self.seed}/{name}".encode())
+
+
+def quickly(parser: argparse.ArgumentParser, usual: Mapping[str, Any], quick: Mapping[str, Any]) -> Callable[..., None]:
+    """Add --quick. What is returned adds an option that it changes; `usual` and `quick` are the two defaults."""
+    shown = "less of everything, for a look; options that are given stay as they are"
+    parser.add_argument("--quick", action="store_true", help=shown)
+
+    def add(option: str, help: str, metavar: str = "COUNT", kind: Any = None) -> None:
+        field = option.removeprefix("--").replace("-", "_")
+        text = f"{help} (default: {usual[field]}; with --quick: {quick[field]})"
+        kind = kind or number(int, 1)
+        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+    return add

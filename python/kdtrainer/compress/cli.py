@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdtrainer.compress.config import BASELINES, POSTHOC, UNCOMPRESSED, Config
+from kdtrainer.compress.config import BASELINES, POSTHOC, QUICK, UNCOMPRESSED, Config
 from kdtrainer.numbers import fraction, number
+from kdtrainer.recipe import quickly
 
 
 def add_compress(experiments: Any) -> None:
@@ -24,17 +25,18 @@ def add_compress(experiments: Any) -> None:
     add("--out", type=Path, default=Path("runs/compress"), metavar="DIR", help="a fresh run replaces one that is there")
     add("--resume", action="store_true", help="go on from the checkpoints in DIR, to the same bits")
     add("--data", default=d.data, metavar="DATA", help="digits, fashion-mnist or FILE.npz")
-    add("--length", type=count, default=d.length, metavar="T", help="of a digit: 64 pixels, or 784 interpolated ones")
+    size = quickly(parser, vars(d), QUICK)
+    size("--length", "of a digit: 64 pixels, or 784 interpolated ones", "T")
+    size("--states", "of each layer, at the start", "N")
+    size("--steps", "of each model", "STEPS")
     add("--seed", type=number(int, 0), default=d.seed, help="of the first run")
     add("--seeds", type=count, default=1, metavar="COUNT", help="runs, each with the next seed, in one table")
     add("--compare", type=baselines, default=f"{UNCOMPRESSED},small", metavar="MODELS", help=",".join(BASELINES))
-    add("--states", type=count, default=d.states, metavar="N", help="of each layer, at the start")
     add("--features", type=count, default=d.features, metavar="H", help="width of the model")
     add("--blocks", type=count, default=d.blocks, help="layers")
     add("--dropout", type=fraction, default=d.dropout, help="below 1")
     add("--min-radius", type=fraction, default=d.min_radius, help="of the eigenvalues at the start")
     add("--max-radius", type=fraction, default=d.max_radius, help="likewise")
-    add("--steps", type=count, default=d.steps, help="of each model")
     add("--batch", type=count, default=d.batch, help="sequences in a step")
     add("--learning-rate", type=number(float, 0.0, above=True), default=d.learning_rate, metavar="RATE", help="at most")
     add("--ssm-rate-factor", type=share, default=d.ssm_rate_factor, metavar="X", help="for the recurrences' parameters")
@@ -87,7 +89,7 @@ def compress(chosen: argparse.Namespace) -> None:
     """Run it. Raises what `run` raises."""
     from kdtrainer.compress import run  # not above: it needs packages that are looked for first
 
-    values = Config.chosen(chosen)
+    values = (QUICK if chosen.quick else {}) | Config.chosen(chosen)
     if chosen.tolerance is None and chosen.error is None and chosen.ranks is None:
         values["tolerance"] = Config.tolerance
     if not chosen.hsv_regularizer:

@@ -51,3 +51,6 @@ class Config(RunConfig):
         """The steps after which states may go: equidistant, the last at the end of the share."""
         within = self.reduction_share * self.steps
         return sorted({max(round(within * (k + 1) / self.reductions), 1) for k in range(self.reductions)})
+
+
+QUICK: dict[str, int] = {"length": 64, "states": 64, "steps": 400}

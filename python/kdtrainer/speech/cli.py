@@ -1,15 +1,13 @@
 """The options of `speech`, and what its errors become."""
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 from kdtrainer.numbers import number
-from kdtrainer.speech.config import LABELS, LESSONS, TEACHERS, Config
-
-QUICK = Config(train=250, test=100, clean=150, labels=50, teacher_steps=60, base_steps=60, steps=30)
+from kdtrainer.recipe import quickly
+from kdtrainer.speech.config import LABELS, LESSONS, QUICK, QUICK_SEEDS, SEEDS, TEACHERS, Config
 
 
 def add_speech(experiments: Any) -> None:
@@ -24,16 +22,9 @@ def add_speech(experiments: Any) -> None:
     )
     d, count, weight = Config(), number(int, 1), number(float, 0.0)
     add = parser.add_argument
-
-    def size(name: str, **options: Any) -> None:
-        """Of a default that --quick changes."""
-        field = name.removeprefix("--").replace("-", "_")
-        shown = f"{options.pop('help')} (default: {getattr(d, field)}, --quick: {getattr(QUICK, field)})"
-        add(name, type=count, default=argparse.SUPPRESS, help=shown, **options)
-
+    size = quickly(parser, vars(d) | {"seeds": SEEDS}, QUICK | {"seeds": QUICK_SEEDS})
     add("--out", type=Path, default=Path("runs/speech"), metavar="DIR", help="a fresh run replaces one that is there")
     add("--resume", action="store_true", help="go on from the checkpoints in DIR, to the same bits")
-    add("--quick", action="store_true", help="less of everything, to see it work; error rates will be high")
     add(
         "--data",
         default=argparse.SUPPRESS,
@@ -42,22 +33,16 @@ def add_speech(experiments: Any) -> None:
     )
     add("--cache", type=Path, default=Path("runs/speech-cache"), metavar="DIR", help="of utterances, for all runs")
     add("--seed", type=number(int, 0), default=d.seed, help="of utterances, teachers and the first students")
-    add(
-        "--seeds",
-        type=count,
-        default=argparse.SUPPRESS,
-        metavar="COUNT",
-        help="students of each kind, in one table (default: 3, --quick: 1)",
-    )
+    size("--seeds", "students of each kind, in one table")
     add("--teachers", type=names(TEACHERS, 2), default=",".join(d.teachers), metavar="NAMES", help=",".join(TEACHERS))
     add("--compare", type=names(LESSONS, 1), default=",".join(LESSONS), metavar="ROWS", help="of the table")
-    size("--train", metavar="COUNT", help="utterances that the teachers hear with text")
-    size("--test", metavar="COUNT", help="utterances of other voices; with --data, its part of all is --test/--train")
-    size("--clean", metavar="COUNT", help="utterances without noise, for the base")
-    size("--labels", metavar="COUNT", help="utterances that the students hear with text")
-    size("--teacher-steps", metavar="STEPS", help="of each teacher")
-    size("--base-steps", metavar="STEPS", help="of each base")
-    size("--steps", help="of each student")
+    size("--train", "utterances that the teachers hear with text")
+    size("--test", "utterances of other voices; with --data, its part of all is --test/--train")
+    size("--clean", "utterances without noise, for the base")
+    size("--labels", "utterances that the students hear with text")
+    size("--teacher-steps", "of each teacher", "STEPS")
+    size("--base-steps", "of each base", "STEPS")
+    size("--steps", "of each student", "STEPS")
     add("--batch", type=count, default=d.batch, help="utterances in a step")
     add(
         "--labelled-batch", type=count, default=d.labelled_batch, metavar="BATCH", help="with text, of a student's step"
@@ -109,6 +94,6 @@ def speech(chosen: argparse.Namespace) -> None:
     values = Config.chosen(chosen)
     lessons = tuple(name for name in LESSONS if name in {LABELS, *chosen.compare})
     workers = getattr(chosen, "workers", max(cores() // chosen.threads, 1))
-    seeds = getattr(chosen, "seeds", 1 if chosen.quick else 3)
+    seeds = getattr(chosen, "seeds", QUICK_SEEDS if chosen.quick else SEEDS)
     options = run.Options(chosen.out, chosen.cache, chosen.resume, seeds, lessons, workers, chosen.checkpoint_every)
-    run.run(dataclasses.replace(QUICK if chosen.quick else Config(), **values), options)
+    run.run(Config(**(QUICK if chosen.quick else {}) | values), options)

@@ -25,7 +25,7 @@ class Config(RunConfig):
     labels: int = 100  # utterances of `train` whose text the student sees
     teacher_steps: int = 300
     base_steps: int = 200
-    steps: int = 150  # of every student
+    steps: int = 250  # of every student
     batch: int = 24  # of teachers and base; of the utterances that a student hears without text
     labelled_batch: int = 8
     teacher_rate: float = 3e-3
@@ -41,6 +41,12 @@ class Config(RunConfig):
     def seed_of(self, name: str) -> int:
         """Of a part of the run, which differs between students too."""
         return zlib.crc32(f"{self.seed}/{self.student_seed}/{name}".encode())
+
+
+SEEDS, QUICK_SEEDS = 3, 1
+QUICK: dict[str, int] = {
+    "train": 250, "test": 100, "clean": 150, "labels": 50, "teacher_steps": 60, "base_steps": 60, "steps": 30,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtrainer.numbers import number
+from kdtrainer.recipe import quickly
 from kdtrainer.subspace.config import (
     IMAGE_TEACHERS,
     PROJECTIONS,
@@ -36,7 +37,6 @@ def add_subspace(experiments: Any) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/subspace"), metavar="DIR", help="a fresh run replaces one that is there")
     add("--resume", action="store_true", help="go on from the checkpoints in DIR, to the same bits")
-    add("--quick", action="store_true", help="less of everything, for a look; options that are given stay as they are")
     add("--data", default=d.data, metavar="DATA", help=f"digits, fashion-mnist, FILE.npz or {WORDNET}")
     teachers = f"default: {','.join(IMAGE_TEACHERS)}; {','.join(TEXT_TEACHERS)} for {WORDNET}"
     add("--teachers", type=teacher_names, default=argparse.SUPPRESS, metavar="NAMES", help=teachers)
@@ -53,16 +53,12 @@ def add_subspace(experiments: Any) -> None:
     add("--checkpoint-every", type=count, default=200, metavar="STEPS", help="and at the end of each model")
     add("--evaluate-every", type=count, default=200, metavar="STEPS", help="on the test set, for metrics.jsonl")
 
-    def sized(option: str, kind: Any, usual: int, quick: int, help: str, metavar: str) -> None:
-        text = f"{help} (default: {usual}; with --quick: {quick})"
-        add(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
-
-    sized("--seeds", count, SEEDS, QUICK_SEEDS, "runs, each with the next seed, in one table", "COUNT")
-    examples = "to train on, at most; 0: all there are"
-    sized("--examples", number(int, 0), d.examples, QUICK["examples"], examples, "COUNT")
-    sized("--teacher-steps", count, d.teacher_steps, QUICK["teacher_steps"], "of each teacher", "STEPS")
-    sized("--head-steps", count, d.head_steps, QUICK["head_steps"], "of each head", "STEPS")
-    sized("--steps", count, d.steps, QUICK["steps"], "of each student", "STEPS")
+    size = quickly(parser, vars(d) | {"seeds": SEEDS}, QUICK | {"seeds": QUICK_SEEDS})
+    size("--seeds", "runs, each with the next seed, in one table")
+    size("--examples", "to train on, at most; 0: all there are", kind=number(int, 0))
+    size("--teacher-steps", "of each teacher", "STEPS")
+    size("--head-steps", "of each head", "STEPS")
+    size("--steps", "of each student", "STEPS")
 
 
 def teacher_names(text: str) -> tuple[str, ...]:

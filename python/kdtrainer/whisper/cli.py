@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtrainer.numbers import fraction, number
-from kdtrainer.whisper.config import Config
+from kdtrainer.recipe import quickly
+from kdtrainer.whisper.config import QUICK, Config
 
 
 def add_whisper(experiments: Any) -> None:
@@ -24,8 +25,10 @@ def add_whisper(experiments: Any) -> None:
     add("--resume", action="store_true", help="go on from the checkpoint in DIR, to the same bits")
     add("--seed", type=number(int, 0), default=d.seed, help="of sentences, voices, adapters and batches")
     add("--students", type=count, default=d.students, metavar="K", help="of the same base, trained beside each other")
-    add("--train", type=count, default=d.train, metavar="COUNT", help="sentences to distil on")
-    add("--test", type=count, default=d.test, metavar="COUNT", help="sentences held back")
+    size = quickly(parser, vars(d), QUICK)
+    size("--train", "sentences to distil on")
+    size("--test", "sentences held back")
+    size("--steps", "of the students", "STEPS")
     add("--seconds", type=count, default=d.seconds, help="that are heard of each; at most 30")
     add("--layers", type=count, default=d.layers, help="of the student's encoder, and of its decoder; at most 4")
     add("--lora-rank", type=count, default=d.rank, dest="rank", metavar="R", help="of each adapter")
@@ -33,7 +36,6 @@ def add_whisper(experiments: Any) -> None:
     add("--dimension", type=count, default=d.dimension, metavar="D", help="of the shared space")
     add("--alignment-weight", type=weight, default=d.alignment_weight, metavar="WEIGHT", help="0: nothing is aligned")
     add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="0: none")
-    add("--steps", type=count, default=d.steps, help="of the student")
     add("--batch", type=count, default=d.batch, help="sentences in a step")
     add("--rate", type=number(float, 0.0, above=True), default=d.rate, help="of learning, at first")
     add("--backend", choices=("auto", "reference"), default=d.backend, help="reference: plain PyTorch and PEFT")
@@ -45,4 +47,5 @@ def whisper(chosen: argparse.Namespace) -> None:
     """Run it. Raises what `student.run` raises."""
     from kdtrainer.whisper import student  # not above: it needs packages that are looked for first
 
-    student.run(Config(**Config.chosen(chosen)), chosen.out, chosen.resume, chosen.checkpoint_every)
+    values = (QUICK if chosen.quick else {}) | Config.chosen(chosen)
+    student.run(Config(**values), chosen.out, chosen.resume, chosen.checkpoint_every)

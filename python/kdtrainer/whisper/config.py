@@ -25,3 +25,6 @@ class Config(RunConfig):
     rate: float = 1e-3
     backend: str = "auto"
     threads: int = 2
+
+
+QUICK: dict[str, int] = {"train": 60, "test": 10, "steps": 40}

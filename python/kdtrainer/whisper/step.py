@@ -89,7 +89,7 @@ def run(config: StepConfig, out: Path, as_json: bool, shape: whisper.Shape | Non
         told = summary(config, shape, ways, left, found)
         if config.students > 1:
             told["students"] = students_together(config, shape, ways[OURS].pair, bar)
-    step_report.publish(told, out, as_json)
+    step_report.finish(told, out, as_json)
     return found.within_budget
 
 
@@ -200,5 +200,4 @@ def summary(
         "checked_losses": {name: way.checked_losses() for name, way in ways.items()},
         "checked_parts": {name: way.checked_parts for name, way in ways.items()},
         "compare": vars(found) | {"within_budget": found.within_budget},
-        "versions": {"kdkernels": kd.__version__, "torch": torch.__version__},
     }

@@ -1,6 +1,5 @@
-"""What `whisper-step` tells: a table, report.json and a picture of where the time goes."""
+"""What `whisper-step` tells: a table, report.md and a picture of where the time goes, all from report.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,76 +8,78 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from rich import box
-from rich.table import Table
 
-from kdtrainer.checkpoint import write_atomically
 from kdtrainer.config import PHASES
-from kdtrainer.page import console
+from kdtrainer.page import REPORT, Page, Table, origin, parsing, read_json, write_json
+
+RECIPE, TITLE = "whisper-step", "What a distillation step costs"
 
 COLOURS = dict(zip(PHASES, ("#bab0ac", "#4c78a8", "#e4572e", "#f2b134", "#72a5d8", "#76b7a0"), strict=True))
 
 
-def publish(summary: dict[str, Any], out: Path, as_json: bool) -> None:
-    text = json.dumps(summary, indent=2)
-    write_atomically(out / "report.json", text.encode() + b"\n")
-    draw(summary, out / "step.png")
+def finish(summary: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Write everything, and print the table, or report.json."""
+    content = {**origin(RECIPE), **summary}
+    write_json(out, content)
+    told = leave(content, out)
     if as_json:
-        print(text)
+        print((out / REPORT).read_text(), end="")
     else:
-        show(summary, out)
+        told.show(out)
 
 
-def title(summary: dict[str, Any]) -> str:
-    config, shape = summary["config"], summary["shape"]
-    return (
-        f"a step of distilling {shape['name']}'s shape into {shape['student_layers']} + {shape['student_layers']} of "
-        f"its layers: batch {config['batch']}, LoRA r = {shape['rank']}, p = {shape['dropout']}, "
-        f"D = {config['dimension']}, {config['threads']} threads"
-    )
+def publish(out: Path) -> None:
+    """The picture, report.md and the table, from report.json."""
+    leave(read_json(out), out).show(out)
 
 
-def show(summary: dict[str, Any], out: Path) -> None:
-    seconds, config = summary["median_seconds"], summary["config"]
+def leave(content: dict[str, Any], out: Path) -> Page:
+    """What is beside report.json."""
+    with parsing(out):
+        told = page(content)
+        draw(content, out / "step.png")
+    told.write(out / "report.md", content)
+    return told
+
+
+def page(summary: dict[str, Any]) -> Page:
+    seconds, config, shape = summary["median_seconds"], summary["config"], summary["shape"]
     eager, ours = seconds.values()
-    table = Table(box=box.SIMPLE)
-    table.add_column("phase")
-    for name in (*seconds, "×"):
-        table.add_column(name, justify="right")
-    for phase in ("step", *PHASES):
-        cells = (
-            phase,
-            *(f"{1e3 * way[phase]:.0f} ms" for way in seconds.values()),
-            f"{eager[phase] / ours[phase]:.2f}",
-        )
-        table.add_row(*cells, style="bold" if phase == "step" else "")
-    terminal = console()
-    terminal.print(title(summary))
-    terminal.print(table)
-    terminal.print(
-        f"Medians of {config['steps']} steps, the two taking turns, random weights and inputs. Alignment and soft "
-        "targets are forward and backward; the teacher is the same plain PyTorch in both. The products of both heads "
-        "are part of the soft targets, not of the forward passes and the student's backward: eager makes the logits, "
-        "kdkernels computes from states and heads."
+    rows = [
+        [phase, *(f"{1e3 * way[phase]:.0f} ms" for way in seconds.values()), f"{eager[phase] / ours[phase]:.2f}"]
+        for phase in ("step", *PHASES)
+    ]
+    title = (
+        f"{shape['name']}'s shape into {shape['student_layers']} + {shape['student_layers']} of its layers: batch "
+        f"{config['batch']}, LoRA r = {shape['rank']}, p = {shape['dropout']}, D = {config['dimension']}, "
+        f"{config['threads']} threads"
     )
+    table = Table(title, ("phase", *seconds, "×"), rows, bold=("step",))
+    return Page(TITLE, [table], remarks(summary), pictures=("step.png",), files=())
+
+
+def remarks(summary: dict[str, Any]) -> list[str]:
+    """What the table has no room for."""
     found = summary["compare"]
     verdict = "within" if found["within_budget"] else "ABOVE"
-    terminal.print(
+    lines = [
+        f"Medians of {summary['config']['steps']} steps, the two taking turns, random weights and inputs. Alignment "
+        "and soft targets are forward and backward; the teacher is the same plain PyTorch in both. The products of "
+        "both heads are part of the soft targets, not of the forward passes and the student's backward: eager makes "
+        "the logits, kdkernels computes from states and heads.",
         f"Before them, {len(next(iter(summary['checked_losses'].values())))} steps without dropout (with it, PEFT and "
-        f"kdkernels draw different masks): losses {listed(summary['checked_losses'])}; alignment and "
-        f"soft targets, each by itself, deviate by {found['loss']:.2g}, the trained weights by {found['weights']:.2g} "
-        f"(relative), {verdict} the budget of {found['budget']:g}."
-    )
-    terminal.print(f"Losses of the timed steps, each with its own masks: {listed(summary['losses'])}.")
+        f"kdkernels draw different masks): losses {listed(summary['checked_losses'])}; alignment and soft targets, "
+        f"each by itself, deviate by {found['loss']:.2g}, the trained weights by {found['weights']:.2g} (relative), "
+        f"{verdict} the budget of {found['budget']:g}.",
+        f"Losses of the timed steps, each with its own masks: {listed(summary['losses'])}.",
+    ]
     if students := summary.get("students"):
-        terminal.print(
+        lines.append(
             f"{students['count']} students on one base, without dropout: {students['in_turn']:.2f} s for a step of "
             f"each in turn, {students['together']:.2f} s together, {students['ratio']:.2f} times faster; their losses "
             f"deviate by {students['loss']:.2g} (relative)."
         )
-    for layer in summary["left_to_peft"]:
-        terminal.print(f"left to PEFT: {layer}")
-    terminal.print(f"report.json and step.png are in {out}", highlight=False)
+    return lines + [f"left to PEFT: {layer}" for layer in summary["left_to_peft"]]
 
 
 def listed(losses: dict[str, list[float]]) -> str:
