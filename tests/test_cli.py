@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kdkernels.backend import TABLE
 from kdkernels.cli import bench, doctor, table
 from kdkernels.cli import validate as validation
 from kdkernels.ops.projection_alignment import api
-from kdkernels.testing import SUITES, host, names, operators, suite
+from kdkernels.testing import SUITES, checks, host, names, operators, suite
 from kdkernels.testing.compare import Deviation
 from kdkernels.testing.memory import peak_extra_bytes
 from kdkernels.testing.timing import interleave, medians
@@ -152,6 +153,18 @@ def test_validate_native(environment, isa, products):
     result = kdkernels(environment | path, "validate", "--backend", "native", *only)
     assert result.returncode == 0, result.stdout
     assert " 0 failed" in result.stdout
+
+
+def test_one_check_of_each_kind_comes_first():
+    found = list(checks("lora_linear", quick=True))
+    spread = validation.spread_out(found)
+    assert Counter(map(id, spread)) == Counter(map(id, found))
+    kinds = [(c.backend, c.method, c.device, c.dtype, c.variant) for c in spread]
+    count = len(set(kinds))
+    assert 1 < count < len(found) and len(set(kinds[:count])) == count
+    for kind in set(kinds):
+        own = [c.case for c, k in zip(spread, kinds, strict=True) if k == kind]
+        assert own == [c.case for c in found if (c.backend, c.method, c.device, c.dtype, c.variant) == kind]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton is validated")

@@ -196,7 +196,7 @@ def test_bad_options_are_refused(arguments, message, capsys):
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path, monkeypatch, capsys, arguments, world, message):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: None)
     kept = [x for x in TINY if x not in ("--tolerance", "0.2")] if "--ranks" in arguments else TINY
     assert compress(*kept, "--out", tmp_path, *arguments) == cli.REFUSED
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())

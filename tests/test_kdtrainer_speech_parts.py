@@ -24,6 +24,7 @@ from speaking import SHORT, TEACHERS, UTTERANCE, assert_same_utterances, files_o
 
 from kdtrainer import cli
 from kdtrainer.errors import RunError
+from kdtrainer.ranks import ALONE
 from kdtrainer.speech import corpus, distill, features, folder, models, pool, run, synthesis, text
 from kdtrainer.speech.config import LESSONS, Config
 
@@ -139,7 +140,7 @@ def test_a_lesson_trains_adapters_and_projectors_alone(name):
     config = Config(labels=2, batch=3, labelled_batch=2, backend="reference")
     base = models.student()
     taught = {each: distill.taught_by(models.TEACHERS[each](), heard) for each in TEACHERS}
-    task = distill.student_task(name, LESSONS[name], base, heard, heard, taught, config)
+    task = distill.student_task(name, LESSONS[name], base, heard, heard, taught, config, ALONE)
     with torch.no_grad():
         frames, lengths = heard.frames[0][None], torch.tensor([30])
         found = task.trained.student.eval()(frames, lengths)

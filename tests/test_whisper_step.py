@@ -20,8 +20,8 @@ from kdkernels.integrations.peft import AcceleratedLinear
 from kdkernels.nn import projection_alignment
 from kdtrainer import cli
 from kdtrainer.config import PHASES, StepConfig
+from kdtrainer.whisper import cohort, step
 from kdtrainer.whisper import pair as whisper
-from kdtrainer.whisper import step
 
 TOY = whisper.Shape("toy", 16, 2, 1, 2, 32, 50, 4, 12, 5, 2, 0.1)
 SMALL = ("--threads", "1", "--batch", "2", "--dimension", "32", "--steps", "2")
@@ -78,7 +78,7 @@ def test_students_together_learn_what_each_learns_in_turn(toy, tmp_path, monkeyp
     monkeypatch.setattr(kd, "lora_linear_group", counted)
     assert run_here(*SMALL, "--students", 3, "--out", tmp_path) == cli.DONE
     found = json.loads((tmp_path / "report.json").read_text())["students"]
-    assert found["count"] == 3 and found["loss"] < 1e-5 and found["in_turn"] > 0 and found["together"] > 0
+    assert found["count"] == 3 and found["within_budget"] and found["in_turn"] > 0 and found["together"] > 0
     assert found["ratio"] == found["in_turn"] / found["together"]
     assert calls == [9, 9] * 3, "q, k and v of three students, of encoder and decoder, in a step that warms up and two"
     assert "3 students on one base, without dropout" in joined(capsys.readouterr().out)
@@ -88,8 +88,16 @@ def test_students_together_learn_what_each_learns_in_turn(toy, tmp_path, monkeyp
 def test_a_student_with_anothers_layer_is_noticed(toy, tmp_path, monkeypatch):
     right = kd.lora_linear_group
     monkeypatch.setattr(kd, "lora_linear_group", lambda x, layers: right(x, layers)[::-1])
-    assert run_here(*SMALL, "--students", 2, "--out", tmp_path) == cli.DONE
-    assert json.loads((tmp_path / "report.json").read_text())["students"]["loss"] > 1e-4
+    assert run_here(*SMALL, "--students", 2, "--out", tmp_path) == cli.OVER_BUDGET
+    assert not json.loads((tmp_path / "report.json").read_text())["students"]["within_budget"]
+
+
+def test_a_student_before_the_first_is_refused(toy):
+    pair = whisper.build(TOY, 32, seed=0)
+    first, second = cohort.siblings(pair, [1])
+    cohort.share_first_layers([first.student, second.student])
+    with pytest.raises(RuntimeError, match="student 1 was run before the first of its cohort"):
+        whisper.states(second.adapted(), whisper.batch(TOY, 2, seed=0))
 
 
 @pytest.mark.native

@@ -57,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=names(), action="append", help="only this operator or family (repeatable)")
     parser.add_argument("--backend", choices=BACKENDS[1:], help="only this backend")
     parser.add_argument("--quick", action="store_true", help="the cases that tell most")
-    parser.add_argument("-x", "--exitfirst", action="store_true", help="stop at the first check that fails")
+    parser.add_argument(
+        "-x",
+        "--exitfirst",
+        action="store_true",
+        help="stop at the first check that fails, and begin with one of each kind",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -106,7 +111,7 @@ def validate(op: str, backend: str | None, quick: bool, exitfirst: bool) -> list
     return results
 
 
-def spread_out(checks: Sequence[Check]) -> list[Check]:
+def spread_out(found: Sequence[Check]) -> list[Check]:
     """The first case of each dtype and variant, then the second: what is wrong with one of them shows the sooner."""
     met: Counter[tuple[Any, ...]] = Counter()
 
@@ -115,7 +120,7 @@ def spread_out(checks: Sequence[Check]) -> list[Check]:
         met[key] += 1
         return met[key]
 
-    return sorted(checks, key=place)
+    return sorted(found, key=place)
 
 
 class Progress:

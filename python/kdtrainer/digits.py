@@ -11,7 +11,7 @@ from kdtrainer import checkpoint, data, metrics, models, report
 from kdtrainer.checkpoint import Progress
 from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import Config
-from kdtrainer.distill import LABELLED_BATCH, TEACHER_BATCH, ModelTask, distillation_task, labels_task
+from kdtrainer.distill import DISTILLED_BATCH, LABELLED_BATCH, TEACHER_BATCH, ModelTask, distillation_task, labels_task
 from kdtrainer.errors import RunError
 from kdtrainer.progress import progress_bar
 from kdtrainer.ranks import Ranks, together
@@ -56,13 +56,17 @@ def run(config: Config, options: Options) -> bool:
     digits = data.load(config.labels, config.seed_of("labels"))
     with together() as ranks:
         config = replace(config, world=ranks.world)
+        few = min(LABELLED_BATCH, len(digits.labelled))
+        sizes = {"a teacher's batch": TEACHER_BATCH, "a batch of labelled images": few}
+        ranks.check_shares(sizes | {"a batch of distilled images": DISTILLED_BATCH})
         log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
         try:
             done = train_all(config, options, digits, log, ranks)
         finally:
             if log:
                 log.close()
-        return all(ranks.gather(conclude(config, options, digits, done) if ranks.leads else True))
+        verdict = ranks.led(lambda: conclude(config, options, digits, done))
+        return all(each is not False for each in ranks.gather(verdict))
 
 
 def checkpoint_path(out: Path, task: str) -> Path:

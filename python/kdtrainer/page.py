@@ -1,6 +1,7 @@
 """What a run tells at its end: a table in the terminal, and the same in report.md with its pictures and its origin."""
 
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -93,7 +94,9 @@ def spread(values: Sequence[float], digits: int, factor: float = 1.0, signed: bo
 
 def origin(recipe: str) -> dict[str, Any]:
     """What report.json says of how it came to be: recipe, command, versions and machine."""
-    return {"recipe": recipe, "command": shlex.join(["python", "-m", "kdtrainer", *sys.argv[1:]]), "machine": machine()}
+    world = os.environ.get("WORLD_SIZE", "1")
+    start = ["python"] if world == "1" else ["torchrun", f"--nproc_per_node={world}"]
+    return {"recipe": recipe, "command": shlex.join([*start, "-m", "kdtrainer", *sys.argv[1:]]), "machine": machine()}
 
 
 def made_with(content: dict[str, Any]) -> str:

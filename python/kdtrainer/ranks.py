@@ -3,9 +3,10 @@
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kdkernels as kd
-from kdtrainer.errors import RunError
+from kdtrainer.errors import Interrupted, RunError
 
 Result = TypeVar("Result")
 
 CPU = torch.device("cpu")
+PATIENCE = timedelta(hours=24)  # all wait while the leading process makes data or evaluates
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,15 @@ class Ranks:
         """Whether this is the process that decides, writes and prints."""
         return self.rank == 0
 
+    def check_shares(self, sizes: Mapping[str, int]) -> None:
+        """Raise RunError unless every process would have as much as the others of each: batches, by what sets them."""
+        for name, size in sizes.items():
+            if size % self.world:
+                raise RunError(f"{name} is {size}, but must be a multiple of the {self.world} processes")
+
     def share(self, indices: Tensor) -> Tensor:
-        """This process's part of a batch. Raises RunError where the parts would not be equal, or empty."""
-        if len(indices) % self.world:
-            raise RunError(f"a batch of {len(indices)} cannot be shared by {self.world} processes")
+        """This process's part of a batch."""
+        self.check_shares({"a batch": len(indices)})
         return indices[self.rank :: self.world]
 
     def weight(self, count: int | Tensor) -> float:
@@ -75,19 +82,23 @@ class Ranks:
     def led(self, work: Callable[[], Result]) -> Result | None:
         """What `work()` returns in the leading process, which alone does it; None elsewhere.
 
-        Raises RunError, everywhere, where it raises RunError or OSError: no process waits for one that gave up.
+        Where it raises, all raise: no process waits for one that gave up.
         """
-        result, why = None, ""
+        if self.world == 1:
+            return work()
+        result, failure = None, None
         if self.leads:
             try:
                 result = work()
-            except (RunError, OSError) as error:
-                if self.world == 1:
-                    raise
-                why = str(error)
-        why = self.gather(why)[0]
-        if why:
-            raise RunError(why)
+            except BaseException as error:
+                failure = error
+        what = None if failure is None else (isinstance(failure, (Interrupted, KeyboardInterrupt)), str(failure))
+        what = self.gather(what)[0]
+        if failure is not None:
+            raise failure
+        if what is not None:
+            interrupted, why = what
+            raise Interrupted if interrupted else RunError(why)
         return result
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -143,7 +154,7 @@ def together(device: str = "cpu") -> Iterator[Ranks]:
         torch.cuda.set_device(own)
     start = world > 1 and not dist.is_initialized()
     if start:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(rank, world, own)
     finally:

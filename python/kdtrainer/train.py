@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,16 +16,12 @@ from torch import Tensor, nn
 
 from kdtrainer import checkpoint
 from kdtrainer.checkpoint import AnyConfig, Progress
-from kdtrainer.errors import RunError
+from kdtrainer.errors import Interrupted, RunError
 from kdtrainer.metrics import MetricsLog
 from kdtrainer.ranks import ALONE, Ranks
 
 EVALUATE_EVERY = 20
 WEIGHT_DECAY = 0.01
-
-
-class Interrupted(Exception):
-    """Ctrl-C, after the step was finished and its checkpoint written."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,18 @@ def fit(
         checkpoint.restore(path, task.trained, optimizer)
         on_step(done.step, None)
     start = time.perf_counter() - done.seconds
+
+    def write(step: int, losses: dict[str, float], stop: bool) -> None:
+        assert metrics is not None
+        record: dict[str, Any] = {"task": task.name, "step": step} | losses
+        if step % evaluate_every == 0 or step == task.steps:
+            record |= task.evaluate()
+        metrics.append(record)
+        if step % checkpoint_every == 0 or step == task.steps or stop:
+            # Metrics first: a checkpoint never counts on a line that is not on the disk.
+            progress = Progress(step, metrics.sync(), time.perf_counter() - start)
+            checkpoint.save(path, task.trained, optimizer, config, progress)
+
     with interruptions() as interrupted:
         for step in range(done.step + 1, task.steps + 1):
             for group in optimizer.param_groups:
@@ -115,15 +124,7 @@ def fit(
             optimizer.step()
 
             stop = any(ranks.gather(interrupted()))
-            if metrics:
-                record: dict[str, Any] = {"task": task.name, "step": step} | found
-                if step % evaluate_every == 0 or step == task.steps:
-                    record |= task.evaluate()
-                metrics.append(record)
-                if step % checkpoint_every == 0 or step == task.steps or stop:
-                    # Metrics first: a checkpoint never counts on a line that is not on the disk.
-                    progress = Progress(step, metrics.sync(), time.perf_counter() - start)
-                    checkpoint.save(path, task.trained, optimizer, config, progress)
+            ranks.led(partial(write, step, found, stop))
             on_step(step, found["loss"])
             if stop:
                 raise Interrupted

@@ -34,9 +34,9 @@ def run(config: Config, options: Options) -> None:
     with together(config.device) as ranks:
         config = dataclasses.replace(config, world=ranks.world)
         check(config, options)
+        ranks.check_shares({"--batch": config.batch})
         data = sequences.load(config.data, config.length)
-        if min(config.batch, len(data.train)) % ranks.world:
-            raise RunError(f"{config.data} has {len(data.train)} sequences, which {ranks.world} processes cannot share")
+        ranks.check_shares({f"a batch of {config.data}": min(config.batch, len(data.train))})
         # none looks for a checkpoint before the old ones are gone
         log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
         try:
@@ -55,8 +55,6 @@ def run(config: Config, options: Options) -> None:
 
 def check(config: Config, options: Options) -> None:
     """Raise RunError where options do not go together."""
-    if config.batch % config.world:
-        raise RunError(f"--batch is {config.batch}, but must be a multiple of the {config.world} processes")
     if config.reductions > config.steps:
         raise RunError(f"--reductions is {config.reductions}, but must be at most --steps, {config.steps}")
     if config.ranks is not None and config.ranks > config.states:

@@ -61,7 +61,7 @@ def student_task(
     test: Utterances,
     taught: Mapping[str, Taught],
     config: Config,
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> Task:
     """CTC on the few labelled utterances, and the lesson on all: adapters and projectors alone are trained."""
     torch.manual_seed(config.seed_of("adapters"))  # the same ones for every lesson
@@ -204,5 +204,5 @@ def student_of(teachers: Sequence[str], lesson: Lesson, config: Config) -> int:
     """The parameters that a student would train."""
     built = {name: Taught(models.TEACHERS[name](), [], []) for name in teachers}
     none = Utterances([], [])
-    task = student_task("", lesson, models.student(), none, none, built, config)
+    task = student_task("", lesson, models.student(), none, none, built, config, ALONE)
     return sum(p.numel() for p in task.trained.parameters() if p.requires_grad)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from kdtrainer.errors import RunError
-from kdtrainer.train import Interrupted, interruptions
+from kdtrainer.errors import Interrupted, RunError
+from kdtrainer.train import interruptions
 
 OnStep = Callable[[int, float | None], None]
 Watch = Callable[[], AbstractContextManager[Callable[[], bool]]]  # as `train.interruptions`

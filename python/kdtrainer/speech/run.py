@@ -98,6 +98,7 @@ def run(config: Config, options: Options) -> None:
 
 def train_all(config: Config, options: Options, ranks: Ranks) -> None:
     """Processes of torchrun share each batch, so that each trains what the others do, one model after the other."""
+    ranks.check_shares({"--batch": config.batch, "--labelled-batch": config.labelled_batch})
     sources = sources_of(config)
     splits = Splits(*(tuple(source.path(options.cache) for source in part) for part in sources))
     ranks.led(lambda: prepare_folder(config, options))

@@ -50,6 +50,10 @@ def run(config: Config, options: Options) -> None:
     few_of_each_class(examples.train_labels, examples.classes, config.labels, seed=0)  # or say that there are none
     with together() as ranks:
         config = dataclasses.replace(config, world=ranks.world)
+        few, every = examples.classes * config.labels, len(examples.train)
+        batches = ("teacher's", tasks.TEACHER_BATCH), ("head's", tasks.HEAD_BATCH), ("student's", tasks.DISTILLED_BATCH)
+        sizes = {f"a {whose} batch": min(size, every) for whose, size in batches}
+        ranks.check_shares(sizes | {"a batch of labelled examples": min(tasks.LABELLED_BATCH, few)})
         log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
         try:
             with progress_bar(ranks.leads) as bar:

@@ -18,8 +18,8 @@ from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import PHASES, StepConfig
 from kdtrainer.errors import RunError
 from kdtrainer.progress import ProgressBar, progress_bar
+from kdtrainer.whisper import cohort, step_report
 from kdtrainer.whisper import pair as whisper
-from kdtrainer.whisper import step_report, together
 
 EAGER, OURS = "eager + PEFT", "kdkernels"
 CHECKED_STEPS = 2  # without dropout; the second loss depends on the first step's gradients. They warm up, too
@@ -86,11 +86,13 @@ def run(config: StepConfig, out: Path, as_json: bool, shape: whisper.Shape | Non
                 for phase in PHASES:
                     way.seconds[phase].append(seconds[phase])
             show(step + 1, loss)
-        told = summary(config, shape, ways, left, found)
+        told, within_budget = summary(config, shape, ways, left, found), found.within_budget
         if config.students > 1:
-            told["students"] = students_together(config, shape, ways[OURS].pair, bar)
+            timed, found = students_together(config, shape, ways[OURS].pair, bar)
+            told["students"] = timed | judged(found)
+            within_budget = within_budget and found.within_budget
     step_report.finish(told, out, as_json)
-    return found.within_budget
+    return within_budget
 
 
 def both_ways(config: StepConfig, shape: whisper.Shape) -> tuple[dict[str, Way], list[str]]:
@@ -138,7 +140,13 @@ def train(way: Way, batch: whisper.Batch) -> tuple[dict[str, float], dict[str, f
     return {"alignment": alignment.item(), "soft targets": targets.item()}, watch.seconds
 
 
-def students_together(config: StepConfig, shape: whisper.Shape, pair: whisper.Pair, bar: ProgressBar) -> dict[str, Any]:
+def judged(found: Deviation) -> dict[str, Any]:
+    return vars(found) | {"within_budget": found.within_budget}
+
+
+def students_together(
+    config: StepConfig, shape: whisper.Shape, pair: whisper.Pair, bar: ProgressBar
+) -> tuple[dict[str, Any], Deviation]:
     """Several of them by kdkernels, in turn and together."""
 
     def loss_of(pair: whisper.Pair, teacher: whisper.States, batch: whisper.Batch) -> Tensor:
@@ -154,7 +162,7 @@ def students_together(config: StepConfig, shape: whisper.Shape, pair: whisper.Pa
             yield whisper.batch(shape, config.batch, config.seed + step)
             show(step + 1, None)
 
-    return together.compared(pair, config.students, config.seed, loss_of, RATE, batches())
+    return cohort.compared(pair, config, loss_of, RATE, batches())
 
 
 def soft_targets_of_logits(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
@@ -199,5 +207,5 @@ def summary(
         "losses": {name: way.losses for name, way in ways.items()},
         "checked_losses": {name: way.checked_losses() for name, way in ways.items()},
         "checked_parts": {name: way.checked_parts for name, way in ways.items()},
-        "compare": vars(found) | {"within_budget": found.within_budget},
+        "compare": judged(found),
     }

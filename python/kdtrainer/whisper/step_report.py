@@ -61,7 +61,6 @@ def page(summary: dict[str, Any]) -> Page:
 def remarks(summary: dict[str, Any]) -> list[str]:
     """What the table has no room for."""
     found = summary["compare"]
-    verdict = "within" if found["within_budget"] else "ABOVE"
     lines = [
         f"Medians of {summary['config']['steps']} steps, the two taking turns, random weights and inputs. Alignment "
         "and soft targets are forward and backward; the teacher is the same plain PyTorch in both. The products of "
@@ -70,16 +69,21 @@ def remarks(summary: dict[str, Any]) -> list[str]:
         f"Before them, {len(next(iter(summary['checked_losses'].values())))} steps without dropout (with it, PEFT and "
         f"kdkernels draw different masks): losses {listed(summary['checked_losses'])}; alignment and soft targets, "
         f"each by itself, deviate by {found['loss']:.2g}, the trained weights by {found['weights']:.2g} (relative), "
-        f"{verdict} the budget of {found['budget']:g}.",
+        f"{verdict(found)}.",
         f"Losses of the timed steps, each with its own masks: {listed(summary['losses'])}.",
     ]
     if students := summary.get("students"):
         lines.append(
             f"{students['count']} students on one base, without dropout: {students['in_turn']:.2f} s for a step of "
             f"each in turn, {students['together']:.2f} s together, {students['ratio']:.2f} times faster; their losses "
-            f"deviate by {students['loss']:.2g} (relative)."
+            f"deviate by {students['loss']:.2g}, their weights by {students['weights']:.2g} (relative), "
+            f"{verdict(students)}."
         )
     return lines + [f"left to PEFT: {layer}" for layer in summary["left_to_peft"]]
+
+
+def verdict(found: dict[str, Any]) -> str:
+    return f"{'within' if found['within_budget'] else 'ABOVE'} the budget of {found['budget']:g}"
 
 
 def listed(losses: dict[str, list[float]]) -> str:

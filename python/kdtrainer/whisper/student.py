@@ -23,16 +23,16 @@ from kdtrainer.checkpoint import Progress
 from kdtrainer.compress.sequences import packaged
 from kdtrainer.errors import RunError
 from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
-from kdtrainer.progress import progress_bar
+from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.ranks import Ranks, together
 from kdtrainer.speech import synthesis
 from kdtrainer.speech.text import normalised, word_error_rate
 from kdtrainer.train import Task, drawn, fit
 from kdtrainer.whisper import pair as whisper
 from kdtrainer.whisper import pretrained, sentences
+from kdtrainer.whisper.cohort import share_first_layers, siblings, taught
 from kdtrainer.whisper.config import Config
 from kdtrainer.whisper.step import soft_targets_of_logits, soft_targets_of_states
-from kdtrainer.whisper.together import share_first_layers, siblings, taught
 
 RECIPE, TITLE = "whisper", "Whisper tiny.en into its own first layers"
 RATE = 16000  # samples in a second, of what Whisper hears
@@ -75,15 +75,17 @@ def distillation(students: Sequence[whisper.Pair], heard: Heard, tokens: Tensor,
         batch = whisper.Batch(heard.features[chosen], tokens[chosen, : counted.shape[1]].clamp_min(0))
         teacher = taught(students[0], batch)
         theirs, share = teacher.decoder[counted], ranks.weight(counted.sum())  # (P, width)
-        alignments, targets = [], []
-        for pair in students:
+        losses: list[Tensor] = []
+        parts: dict[str, Tensor] = {}
+        for k, pair in enumerate(students):
             student = whisper.states(pair.adapted(), batch)
-            alignments.append(pair.aligner([student.encoder], [teacher.encoder]))
+            alignment = pair.aligner([student.encoder], [teacher.encoder])
             heads = whisper.head(pair.adapted()), whisper.head(pair.teacher)
-            targets.append(share * soft(student.decoder[counted], heads[0], theirs, heads[1]))
-        parts = {"alignment": torch.stack(alignments).sum(), "soft_targets": torch.stack(targets).sum()}
-        loss = config.alignment_weight * parts["alignment"] + config.soft_targets * parts["soft_targets"]
-        return {"loss": loss} | parts
+            targets = share * soft(student.decoder[counted], heads[0], theirs, heads[1])
+            losses.append(config.alignment_weight * alignment + config.soft_targets * targets)
+            which = f"_{k}" if len(students) > 1 else ""
+            parts |= {f"alignment{which}": alignment, f"soft_targets{which}": targets}
+        return {"loss": torch.stack(losses).sum()} | parts
 
     trained = nn.ParameterList(p for pair in students for p in pair.trained().values())  # the rest is the teacher's
     draw = partial(drawn, (torch.arange(len(tokens)), config.batch))
@@ -106,6 +108,7 @@ def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
 
 
 def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks: Ranks) -> None:
+    ranks.check_shares({"--batch": min(config.batch, config.train)})
     kept = ranks.led(lambda: checkpoint.prepare(out, resume, lambda _: config, Progress))
     tokenizer = pretrained.tokenizer()
     shape = shape_of(config)
@@ -118,11 +121,8 @@ def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks
         if len(students) > 1:
             share_first_layers([pair.student for pair in students])
     with progress_bar(ranks.leads) as bar:
-        heard, test = (
-            synthetic(split, count, config, bar.task(f"utterances, {split}", count))
-            for split, count in (("train", config.train), ("test", config.test))
-        )
-        sets = {"synthetic": test} | librivox(config)
+        heard = synthetic("train", config.train, config, bar)
+        sets = {"synthetic": synthetic("test", config.test, config, bar)} | librivox(config) if ranks.leads else {}
         rates: dict[str, dict[str, list[float]]] = {}
 
         def evaluate(name: str, *models: WhisperForConditionalGeneration) -> None:
@@ -160,9 +160,9 @@ def size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def synthetic(split: str, count: int, config: Config, on_step: Any) -> Heard:
+def synthetic(split: str, count: int, config: Config, bar: ProgressBar) -> Heard:
     """Sentences in espeak-ng's voices; those of the test are not heard in training."""
-    waves, texts = [], []
+    waves, texts, on_step = [], [], bar.task(f"utterances, {split}", count)
     for k in range(count):
         chance = random.Random(f"{config.seed}/whisper/{split}/{k}")
         text, variants = sentences.draw(chance), TEST_VARIANTS if split == "test" else VARIANTS

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 from kdkernels.nn import ProjectionAlignment
+from kdtrainer.compare import Deviation, deviation
+from kdtrainer.config import StepConfig
 from kdtrainer.whisper import pair as whisper
 
 ADAPTER = "default"  # PEFT's name of the only one
@@ -75,7 +77,10 @@ class FirstLayer:
             every = [(k, i) for k in range(len(self.layers)) for i in range(len(self.layers[k]))]
             found = kd.lora_linear_group(x, [self.member(self.layers[k][i]) for k, i in every])
             self.outputs = dict(zip(every, found, strict=True))
-        return self.outputs.pop((student, part))
+        output = self.outputs.pop((student, part), None)
+        if output is None or output.shape[:-1] != x.shape[:-1]:
+            raise RuntimeError(f"student {student} was run before the first of its cohort, or on another batch")
+        return output
 
     def member(self, layer: Linear) -> kd.LoRA:
         base, (A, B) = cast(nn.Linear, layer.base_layer), adapter(layer)
@@ -135,14 +140,14 @@ class Cohort:
 
 
 def compared(
-    pair: whisper.Pair, count: int, seed: int, loss_of: Loss, rate: float, batches: Iterable[whisper.Batch]
-) -> dict[str, Any]:
-    """`count` students in turn and together, the two taking turns, without dropout, so that their losses are equal.
+    pair: whisper.Pair, config: StepConfig, loss_of: Loss, rate: float, batches: Iterable[whisper.Batch]
+) -> tuple[dict[str, Any], Deviation]:
+    """Students in turn and together, the two taking turns, without dropout, so that they learn the same.
 
     The first step warms up. The weights are the pair's and its siblings', in each of the two.
     """
     pair.set_dropout(0.0)
-    first = siblings(pair, [seed + k for k in range(1, count)])
+    first = siblings(pair, [config.seed + k for k in range(1, config.students)])
     second = [whisper.Pair(pair.teacher, *copied(each.student, each.aligner)) for each in first]
     share_first_layers([each.student for each in second])
     turn, beside = (Cohort(each, loss_of, torch.optim.AdamW(trained(each), lr=rate)) for each in (first, second))
@@ -150,9 +155,10 @@ def compared(
         turn.step(turn.in_turn, batch)
         beside.step(beside.together, batch)
     in_turn, together = (median(each.seconds[1:]) for each in (turn, beside))
-    pairs = zip(turn.losses, beside.losses, strict=True)
-    deviation = max(abs(b - a) / abs(a) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
-    return {"count": count, "in_turn": in_turn, "together": together, "ratio": in_turn / together, "loss": deviation}
+    losses, reference = ([loss for step in each.losses for loss in step] for each in (beside, turn))
+    weights, others = ({str(k): p.detach() for k, p in enumerate(trained(each))} for each in (second, first))
+    told = {"count": config.students, "in_turn": in_turn, "together": together, "ratio": in_turn / together}
+    return told, deviation(losses, reference, weights, others, config.budget)
 
 
 def trained(students: Iterable[whisper.Pair]) -> list[nn.Parameter]:
