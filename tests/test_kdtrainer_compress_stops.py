@@ -291,11 +291,10 @@ def test_two_processes_resume_to_the_same_bits(two):
 
 
 def test_processes_that_end_with_different_parameters_are_told(monkeypatch):
-    alone = ranks.Ranks("cpu")
-    model = torch.nn.Linear(2, 2)
+    alone, model = ranks.ALONE, torch.nn.Linear(2, 2)
     alone.check_equal(model)
     sent = []
-    monkeypatch.setattr(alone, "gather", lambda value: (sent.append(value), [sent[0], value])[1])
+    monkeypatch.setattr(ranks.Ranks, "gather", lambda self, value: (sent.append(value), [sent[0], value])[1])
     alone.check_equal(model)
     model.weight.data[0, 0] += 1e-6
     with pytest.raises(RunError, match=f"ended with different parameters: {sent[0][:12]}, (?!{sent[0][:12]})"):
