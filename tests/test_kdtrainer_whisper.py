@@ -21,6 +21,7 @@ from transformers import WhisperForConditionalGeneration
 from kdtrainer import checkpoint, cli, train
 from kdtrainer.errors import RunError
 from kdtrainer.ranks import ALONE
+from kdtrainer.speech import synthesis
 from kdtrainer.whisper import pair as whisper
 from kdtrainer.whisper import pretrained, sentences, student
 from kdtrainer.whisper.config import Config
@@ -173,6 +174,13 @@ def test_a_run_is_told_resumes_to_the_same_bits_and_is_the_references(toy, tmp_p
     )
     assert ours[0]["alignment"] == pytest.approx(theirs[0]["alignment"], rel=1e-4)
     assert ours[0]["soft_targets"] == pytest.approx(theirs[0]["soft_targets"], rel=1e-3, abs=1e-6)
+
+
+def test_every_voice_is_one_of_espeaks():
+    for accent in student.ACCENTS:
+        for variant in (*student.VARIANTS, *student.TEST_VARIANTS):
+            synthesis.check_voice(accent, variant)
+    assert not set(student.VARIANTS) & set(student.TEST_VARIANTS)
 
 
 @pytest.mark.native
