@@ -27,4 +27,4 @@ class Config(RunConfig):
     threads: int = 2
 
 
-QUICK: dict[str, int] = {"train": 60, "test": 10, "steps": 40}
+QUICK: dict[str, int] = {"train": 40, "test": 6, "steps": 15}
