@@ -27,4 +27,4 @@ class Config(RunConfig):
     threads: int = 2
 
 
-QUICK: dict[str, int] = {"train": 40, "test": 6, "steps": 15}
+QUICK: dict[str, int] = {"train": 40, "test": 6, "steps": 30}
