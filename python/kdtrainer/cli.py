@@ -1,7 +1,6 @@
 """The command line: options into a Config, errors into one line and an exit code."""
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,6 +13,7 @@ from kdtrainer.compress.cli import add_compress, compress
 from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
 from kdtrainer.numbers import number
+from kdtrainer.recipe import fields_in
 from kdtrainer.speech.cli import add_speech, speech
 from kdtrainer.subspace.cli import add_subspace, subspace
 from kdtrainer.whisper.cli import add_whisper, whisper
@@ -53,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def whisper_step(chosen: argparse.Namespace) -> int:
-    fields = {field.name for field in dataclasses.fields(StepConfig)}
-    config = StepConfig(**{name: value for name, value in vars(chosen).items() if name in fields})
+    config = StepConfig(**fields_in(chosen, StepConfig))
     try:
         from kdtrainer.whisper import step
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ class Deviation:
     @property
     def within_budget(self) -> bool:
         return self.loss <= self.budget and self.weights <= self.budget  # False for NaN
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"within_budget": self.within_budget}
 
 
 def deviation(

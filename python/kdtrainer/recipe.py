@@ -31,12 +31,17 @@ class RunConfig:
     @classmethod
     def chosen(cls, options: argparse.Namespace) -> dict[str, Any]:
         """What the options say of the fields."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        return {name: value for name, value in vars(options).items() if name in fields}
+        return fields_in(options, cls)
 
     def seed_of(self, name: str) -> int:
         """A seed for one part of the run, so that no part depends on what ran before it."""
         return zlib.crc32(f"{self.seed}/{name}".encode())
+
+
+def fields_in(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """The options that are fields of the dataclass `kind`."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def quickly(parser: argparse.ArgumentParser, usual: Mapping[str, Any], quick: Mapping[str, Any]) -> Callable[..., None]:

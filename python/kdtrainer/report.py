@@ -108,7 +108,7 @@ def write(out: Path, config: Config, rows: Sequence[Row], found: Deviation | Non
         "config": config.as_json(),
         "models": [{**dataclasses.asdict(row), "trained_on": meaning(row, config)} for row in rows],
         "lora": None if lora is None else dataclasses.asdict(lora),
-        "compare": None if found is None else {**dataclasses.asdict(found), "within_budget": found.within_budget},
+        "compare": None if found is None else found.as_json(),
     }
     write_json(out, content)
 

@@ -89,7 +89,7 @@ def run(config: StepConfig, out: Path, as_json: bool, shape: whisper.Shape | Non
         told, within_budget = summary(config, shape, ways, left, found), found.within_budget
         if config.students > 1:
             timed, found = students_together(config, shape, ways[OURS].pair, bar)
-            told["students"] = timed | judged(found)
+            told["students"] = timed | found.as_json()
             within_budget = within_budget and found.within_budget
     step_report.finish(told, out, as_json)
     return within_budget
@@ -138,10 +138,6 @@ def train(way: Way, batch: whisper.Batch) -> tuple[dict[str, float], dict[str, f
     way.optimizer.zero_grad()
     watch.lap("optimiser")
     return {"alignment": alignment.item(), "soft targets": targets.item()}, watch.seconds
-
-
-def judged(found: Deviation) -> dict[str, Any]:
-    return vars(found) | {"within_budget": found.within_budget}
 
 
 def students_together(
@@ -207,5 +203,5 @@ def summary(
         "losses": {name: way.losses for name, way in ways.items()},
         "checked_losses": {name: way.checked_losses() for name, way in ways.items()},
         "checked_parts": {name: way.checked_parts for name, way in ways.items()},
-        "compare": judged(found),
+        "compare": found.as_json(),
     }
