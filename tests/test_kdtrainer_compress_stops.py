@@ -209,11 +209,10 @@ TWO = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from kdtrainer import cli, ranks
-from kdtrainer.compress import run
+from kdtrainer import checkpoint, cli, ranks
 
 folder, options = sys.argv[1], sys.argv[2:]
-follow, check_equal, prepare = ranks.Ranks.follow, ranks.Ranks.check_equal, run.prepare
+follow, check_equal, prepare = ranks.Ranks.follow, ranks.Ranks.check_equal, checkpoint.prepare
 dist.init_process_group("gloo")  # for three runs
 rank, calls = dist.get_rank(), []
 
@@ -246,7 +245,7 @@ try:
 except Killed:
     ranks.Ranks.follow = follow
 assert cli.main([*options, "--out", f"{folder}/killed", "--resume"]) == 0
-ranks.Ranks.check_equal, run.prepare = checked, slow
+ranks.Ranks.check_equal, checkpoint.prepare = checked, slow
 code = cli.main([*options, "--out", f"{folder}/run"])
 dist.destroy_process_group()  # which is this script's to end
 sys.exit(code)

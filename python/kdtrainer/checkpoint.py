@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -76,10 +76,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) 
     write_atomically(path, bytes_of(tensors, metadata))
 
 
-def prepare(out: Path, resume: bool, config_of: Callable[[Path], AnyConfig], kind: type[Any]) -> int:
+def prepare(out: Path, resume: bool, config: AnyConfig, field: str = "seed") -> int:
     """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept.
 
-    `config_of` says which config a checkpoint must be of, `kind` what progress was saved with it.
+    Checkpoints of several seeds are named by theirs: seed3-… must be of this config with 3 in its `field`.
     """
     found = sorted((out / "checkpoints").glob("*.safetensors"))
     if not resume:
@@ -89,13 +89,12 @@ def prepare(out: Path, resume: bool, config_of: Callable[[Path], AnyConfig], kin
     if not found:
         print(f"no checkpoint in {out}: the run starts from the beginning")
     for path in found:
-        check_config(path, config_of(path))
+        check_config(path, _of_its_seed(config, path, field))
         read(path)  # whole, before anything is written
-    return max((progress_of(path, kind).metrics_bytes for path in found), default=0)
+    return max((value_of(path, "progress")["metrics_bytes"] for path in found), default=0)
 
 
-def seeded(config: Any, path: Path, field: str = "seed") -> Any:
-    """The config of one of several seeds' runs: `field` is the seed that the name of its checkpoint begins with."""
+def _of_its_seed(config: Any, path: Path, field: str) -> Any:
     seed = path.name.removeprefix("seed").partition("-")[0]
     return replace(config, **{field: int(seed)}) if seed.isdigit() else config
 

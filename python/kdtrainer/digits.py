@@ -2,13 +2,13 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdtrainer import checkpoint, data, metrics, models, report
-from kdtrainer.checkpoint import Progress
 from kdtrainer.compare import Deviation, deviation
 from kdtrainer.config import Config
 from kdtrainer.distill import DISTILLED_BATCH, LABELLED_BATCH, TEACHER_BATCH, ModelTask, distillation_task, labels_task
@@ -59,23 +59,15 @@ def run(config: Config, options: Options) -> bool:
         few = min(LABELLED_BATCH, len(digits.labelled))
         sizes = {"a teacher's batch": TEACHER_BATCH, "a batch of labelled images": few}
         ranks.check_shares(sizes | {"a batch of distilled images": DISTILLED_BATCH})
-        log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
-        try:
+        keep = partial(checkpoint.prepare, options.out, options.resume, config)
+        with metrics.leading(ranks, options.out / "metrics.jsonl", keep) as log:
             done = train_all(config, options, digits, log, ranks)
-        finally:
-            if log:
-                log.close()
         verdict = ranks.led(lambda: conclude(config, options, digits, done))
         return all(each is not False for each in ranks.gather(verdict))
 
 
 def checkpoint_path(out: Path, task: str) -> Path:
     return out / "checkpoints" / f"{task}.safetensors"
-
-
-def prepare(config: Config, options: Options) -> int:
-    """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept."""
-    return checkpoint.prepare(options.out, options.resume, lambda _: config, Progress)
 
 
 def train_all(

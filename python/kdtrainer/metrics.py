@@ -2,10 +2,13 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kdtrainer.errors import RunError
+from kdtrainer.ranks import Ranks
 
 
 class MetricsLog:
@@ -35,6 +38,21 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextmanager
+def leading(ranks: Ranks, path: Path, keep: Callable[[], int]) -> Iterator[MetricsLog | None]:
+    """The leading process's log, within the block; None elsewhere.
+
+    `keep` says how many bytes the checkpoints count on. It may clear what an earlier run left: no process looks for a
+    checkpoint before that is done.
+    """
+    log = ranks.led(lambda: MetricsLog(path, keep()))
+    try:
+        yield log
+    finally:
+        if log:
+            log.close()
 
 
 def read(path: Path) -> dict[str, list[dict[str, Any]]]:

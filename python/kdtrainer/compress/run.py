@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from kdtrainer import checkpoint, metrics
 from kdtrainer.compress import report, sequences
 from kdtrainer.compress.config import COMPRESSED, POSTHOC, PRUNED, SMALL, UNCOMPRESSED, Config
 from kdtrainer.compress.reductions import after_training, keeping, truncating
-from kdtrainer.compress.training import Progress, Task, Trained, Training, accuracy_of
+from kdtrainer.compress.training import Task, Trained, Training, accuracy_of
 from kdtrainer.errors import RunError
 from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.ranks import Ranks, together
@@ -37,17 +38,10 @@ def run(config: Config, options: Options) -> None:
         ranks.check_shares({"--batch": config.batch})
         data = sequences.load(config.data, config.length)
         ranks.check_shares({f"a batch of {config.data}": min(config.batch, len(data.train))})
-        # none looks for a checkpoint before the old ones are gone
-        log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
-        try:
-            with progress_bar(ranks.leads) as bar:
-                results = [
-                    one_seed(dataclasses.replace(config, seed=config.seed + k), options, data, log, ranks, bar)
-                    for k in range(options.seeds)
-                ]
-        finally:
-            if log:
-                log.close()
+        keep = partial(checkpoint.prepare, options.out, options.resume, config)
+        with metrics.leading(ranks, options.out / "metrics.jsonl", keep) as log, progress_bar(ranks.leads) as bar:
+            seeds = [dataclasses.replace(config, seed=config.seed + k) for k in range(options.seeds)]
+            results = [one_seed(each, options, data, log, ranks, bar) for each in seeds]
         if ranks.leads:
             report.write(options.out, config, options.seeds, results)
             report.publish(options.out)
@@ -65,11 +59,6 @@ def check(config: Config, options: Options) -> None:
 
 def path_of(options: Options, config: Config, name: str) -> Path:
     return options.out / "checkpoints" / f"seed{config.seed}-{name}.safetensors"
-
-
-def prepare(config: Config, options: Options) -> int:
-    """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept."""
-    return checkpoint.prepare(options.out, options.resume, lambda path: checkpoint.seeded(config, path), Progress)
 
 
 def one_seed(

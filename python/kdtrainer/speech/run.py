@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdtrainer import checkpoint, deployment, metrics
 from kdtrainer.deployment import Deployed
 from kdtrainer.errors import RunError
-from kdtrainer.metrics import MetricsLog
+from kdtrainer.metrics import leading
 from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.ranks import Ranks, together
 from kdtrainer.serving import serving_backend
@@ -122,8 +122,7 @@ def train_all(config: Config, options: Options, ranks: Ranks) -> None:
 
 def prepare_folder(config: Config, options: Options) -> None:
     """Clear it for a fresh run, or check that it can go on."""
-    own = partial(checkpoint.seeded, config, field="student_seed")
-    checkpoint.prepare(options.out, options.resume, own, checkpoint.Progress)
+    checkpoint.prepare(options.out, options.resume, config, field="student_seed")
     if not options.resume:
         for path in (options.out / "metrics").glob("*.jsonl"):
             path.unlink()
@@ -196,9 +195,8 @@ def train(job: Job, on_step: OnStep, interruptions: Watch) -> None:
     torch.manual_seed(job.config.seed_of("weights"))
     task = task_of(job)
     done = checkpoint.progress(job.path).metrics_bytes if job.path.exists() else 0
-    log = job.ranks.led(lambda: MetricsLog(log_of(job.options.out, job.task), done))
     torch.manual_seed(job.config.seed_of("batches"))
-    try:
+    with leading(job.ranks, log_of(job.options.out, job.task), lambda: done) as log:
         fit(
             task,
             job.config,
@@ -212,9 +210,6 @@ def train(job: Job, on_step: OnStep, interruptions: Watch) -> None:
             interruptions=interruptions,
             ranks=job.ranks,
         )
-    finally:
-        if log:
-            log.close()
 
 
 def task_of(job: Job) -> Task:

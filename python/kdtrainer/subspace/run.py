@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,26 +55,17 @@ def run(config: Config, options: Options) -> None:
         batches = ("teacher's", tasks.TEACHER_BATCH), ("head's", tasks.HEAD_BATCH), ("student's", tasks.DISTILLED_BATCH)
         sizes = {f"a {whose} batch": min(size, every) for whose, size in batches}
         ranks.check_shares(sizes | {"a batch of labelled examples": min(tasks.LABELLED_BATCH, few)})
-        log = ranks.led(lambda: metrics.MetricsLog(options.out / "metrics.jsonl", prepare(config, options)))
-        try:
-            with progress_bar(ranks.leads) as bar:
-                pretrained = None
-                if config.data == WORDNET:
-                    ranks.led(lambda: make_pretrained_features(config, options, examples, bar))
-                    pretrained = checkpoint.extra(path_of(options, PRETRAINED))["features"]
-                seeds = [dataclasses.replace(config, seed=config.seed + k) for k in range(options.seeds)]
-                results = [SeedRun(each, options, examples, pretrained, log, bar, ranks).rows() for each in seeds]
-        finally:
-            if log:
-                log.close()
+        keep = partial(checkpoint.prepare, options.out, options.resume, config)
+        with metrics.leading(ranks, options.out / "metrics.jsonl", keep) as log, progress_bar(ranks.leads) as bar:
+            pretrained = None
+            if config.data == WORDNET:
+                ranks.led(lambda: make_pretrained_features(config, options, examples, bar))
+                pretrained = checkpoint.extra(path_of(options, PRETRAINED))["features"]
+            seeds = [dataclasses.replace(config, seed=config.seed + k) for k in range(options.seeds)]
+            results = [SeedRun(each, options, examples, pretrained, log, bar, ranks).rows() for each in seeds]
         if ranks.leads:
             report.write(options.out, config, examples.classes, results)
             report.publish(options.out)
-
-
-def prepare(config: Config, options: Options) -> int:
-    """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept."""
-    return checkpoint.prepare(options.out, options.resume, lambda path: checkpoint.seeded(config, path), Progress)
 
 
 def check_teachers(config: Config) -> None:

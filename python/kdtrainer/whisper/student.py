@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from kdkernels.integrations.peft import accelerate
 from kdtrainer import checkpoint, metrics
-from kdtrainer.checkpoint import Progress
 from kdtrainer.compress.sequences import packaged
 from kdtrainer.errors import RunError
 from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
@@ -109,7 +108,7 @@ def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
 
 def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks: Ranks) -> None:
     ranks.check_shares({"--batch": min(config.batch, config.train)})
-    kept = ranks.led(lambda: checkpoint.prepare(out, resume, lambda _: config, Progress))
+    kept = ranks.led(lambda: checkpoint.prepare(out, resume, config))
     tokenizer = pretrained.tokenizer()
     shape = shape_of(config)
     first = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
@@ -137,14 +136,10 @@ def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks
             evaluate(BEFORE, first.adapted())
         task = distillation(students, heard, encoded(heard, tokenizer), config, ranks)
         path = out / "checkpoints" / "whisper.safetensors"
-        log = ranks.led(lambda: metrics.MetricsLog(out / "metrics.jsonl", kept or 0))
         torch.manual_seed(config.seed_of("batches"))
-        try:
+        with metrics.leading(ranks, out / "metrics.jsonl", lambda: kept or 0) as log:
             on_step = bar.task("distillation", config.steps)
             fit(task, config, path, log, checkpoint_every, on_step, ranks=ranks)
-        finally:
-            if log:
-                log.close()
         if not ranks.leads:
             return
         evaluate(AFTER, *(pair.adapted() for pair in students))
