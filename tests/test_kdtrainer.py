@@ -6,12 +6,14 @@ Soft targets are in test_kdtrainer_soft_targets.py.
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from trainer import (
     QUICK,
     SHORT,
@@ -233,15 +235,50 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path, content):
         checkpoint.check_config(path, Config())
 
 
-def test_one_changed_byte_in_a_checkpoint_is_noticed(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
+        lambda content: content.replace(b'"F32"', b'"I32"', 1),
+        lambda content: content.replace(b"seed", b"sewd", 1),
+        lambda content: content.replace(b'\\"seed\\":', b'\\"seed\\"x', 1),
+        lambda content: content.replace(b"a.safetensors", b"b.safetensors", 1),
+    ],
+)
+def test_one_changed_byte_in_a_checkpoint_is_noticed(tmp_path, change):
     model, optimizer = trained_a_little()
-    path = tmp_path / "a.safetensors"
+    path = tmp_path / "checkpoints" / "a.safetensors"
     checkpoint.save(path, model, optimizer, Config(), checkpoint.Progress(3, 77, 1.5))
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
+    content = path.read_bytes()
+    path.write_bytes(change(content))
+    assert path.read_bytes() != content
     with pytest.raises(RunError, match="was damaged"):
         checkpoint.restore(path, model, optimizer)
+    with pytest.raises(RunError, match="was damaged"):
+        checkpoint.prepare(tmp_path, True, Config())
+
+
+def test_another_models_checkpoint_in_its_place_is_noticed(tmp_path):
+    model, optimizer = trained_a_little()
+    checkpoint.save(tmp_path / "a.safetensors", model, optimizer, Config(), checkpoint.Progress(3, 77, 1.5))
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    with pytest.raises(RunError, match=r"b\.safetensors is no checkpoint of kdtrainer, or was damaged"):
+        checkpoint.weights(tmp_path / "b.safetensors")
+
+
+def test_a_fresh_run_clears_its_own_files_alone(tmp_path):
+    model, optimizer = trained_a_little()
+    own, damaged, others = (tmp_path / "checkpoints" / f"{name}.safetensors" for name in ("own", "damaged", "theirs"))
+    checkpoint.save(own, model, optimizer, Config(), checkpoint.Progress(3, 77, 1.5))
+    damaged.write_bytes(own.read_bytes()[:100])
+    save_file({"x": torch.zeros(3)}, others)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(RunError, match=r"theirs\.safetensors is no checkpoint of kdtrainer"):
+        checkpoint.prepare(tmp_path, False, Config())
+    assert own.exists() and (tmp_path / "report.json").exists()
+    others.unlink()
+    assert checkpoint.prepare(tmp_path, False, Config()) == 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
 
 
 def test_an_unusable_folder_is_said_in_one_line(tmp_path, capsys):
@@ -273,6 +310,39 @@ def test_metrics_that_are_gone_are_said_to_be(tmp_path):
 
 
 # Whole runs
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda report: report.pop("command"),
+        lambda report: report.update(machine={}),
+        lambda report: report.update(recipe=[]),
+        lambda report: report.update(models=[]),
+    ],
+)
+def test_a_damaged_report_is_said_to_be_one(uninterrupted, tmp_path, capsys, spoil):
+    report = json.loads((uninterrupted / "report.json").read_text())
+    spoil(report)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    shutil.copy(uninterrupted / "metrics.jsonl", tmp_path)
+    assert run_here(str(tmp_path), experiment="report") == 2
+    assert f"kdtrainer: {tmp_path / 'report.json'} is " in capsys.readouterr().err
+
+
+def test_a_damaged_line_of_metrics_is_said_to_be_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for line in ("{", "[]", "{}", "3"):
+        path.write_text(line)
+        with pytest.raises(RunError, match="has a line that is none of a run's"):
+            metrics.read(path)
+
+
+@pytest.mark.parametrize("arguments", [("--threads", "99999999999"), ("--seed", "1" + 30 * "0"), ("--budget", "1e300")])
+def test_numbers_that_torch_cannot_hold_are_refused(capsys, arguments):
+    with pytest.raises(SystemExit):
+        run_here(*arguments)
+    assert "is too large, must be at most" in capsys.readouterr().err
 
 
 def test_a_run_reports_everything(uninterrupted):

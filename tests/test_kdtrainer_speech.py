@@ -1,9 +1,11 @@
 """kdtrainer speech: whole runs, and their resumption. What they are made of: beside this."""
 
 import json
+import os
 import signal
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +170,31 @@ def test_workers_end_with_their_parent(uninterrupted, cache, tmp_path, how):
     assert log.stat().st_size == size
     if how == signal.SIGINT:
         assert checkpoint.progress(path_of(tmp_path, TASKS[1])).metrics_bytes == size
+
+
+def test_ctrl_c_while_workers_start(cache, tmp_path):
+    """As a terminal sends it: to all processes at once, whose interpreters are not yet there to hear it."""
+    process = start(*SHORT[:-2], "--workers", 2, "--out", tmp_path, "--cache", cache, experiment="speech")
+    while process.poll() is None and not children_of(process.pid):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    for pid in (*children_of(process.pid), process.pid):
+        os.kill(pid, signal.SIGINT)
+    code, _, errors = finish(process)
+    assert code == cli.INTERRUPTED and "interrupted; add --resume" in errors and "Traceback" not in errors, errors
+
+
+def children_of(pid):
+    """Workers of a process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"spawn_main" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except (OSError, ValueError):
+            continue  # it has ended
+    return found
 
 
 def test_another_config_cannot_resume(uninterrupted, cache, capsys):

@@ -22,7 +22,7 @@ pytest.importorskip("jiwer")
 
 from speaking import SHORT, TEACHERS, UTTERANCE, assert_same_utterances, files_of_five, quietly, speech  # noqa: F401
 
-from kdtrainer import cli
+from kdtrainer import checkpoint, cli
 from kdtrainer.errors import RunError
 from kdtrainer.ranks import ALONE
 from kdtrainer.speech import corpus, distill, features, folder, models, pool, run, synthesis, text
@@ -184,6 +184,8 @@ def test_a_damaged_file_is_made_again_and_the_others_stay(tmp_path, capsys):
         assert_same_utterances(path, before)
     assert corpus.load(paths).texts == [synthesis.draw("train", k, 0).text for k in range(12)]
     assert {source.path(tmp_path) for source in corpus.synthetic("train", 12, 1)}.isdisjoint(paths)
+    paths[0].write_bytes(paths[1].read_bytes())  # whole, but another's
+    assert not corpus.is_whole(paths[0])
 
 
 # The user's own recordings
@@ -194,6 +196,10 @@ def record(path, utterance, rate=22050, width=2):
     with wave.open(str(path), "wb") as file:
         file.setparams((1, width, rate, 0, "NONE", ""))
         file.writeframes((samples * 2 ** (8 * width - 1) * 0.5).astype(f"<i{width}").tobytes())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
 
 
 @pytest.fixture
@@ -225,20 +231,38 @@ def test_recordings_of_the_users_own(own, cache, tmp_path):
     assert [len(part) for part in parts] == [6, 2] and len(set.union(*parts)) == 8
 
 
+def test_speakers_are_held_back_as_a_whole():
+    found = [{"path": f"/data/{speaker}-1-{k:04d}.wav"} for speaker in range(10) for k in range(speaker + 1)]
+    for seed in range(5):
+        train, test = folder.held_back(found, 0.2, seed)
+        names = [{each["path"].split("-")[0] for each in part} for part in (train, test)]
+        assert names[0].isdisjoint(names[1]) and len(train) + len(test) == len(found) and len(test) >= 11
+    assert folder.held_back(found, 0.2, 0) != folder.held_back(found, 0.2, 1)
+    assert len({each["path"].split("-")[0] for each in folder.held_back(found, 0.99, 0)[0]}) == 1
+    alone = [{"path": f"/data/7-1-{k:04d}.wav"} for k in range(10)]
+    train, test = folder.held_back(alone, 0.2, 0)
+    assert len(test) == 2 and sorted(each["path"] for each in (*train, *test)) == [each["path"] for each in alone]
+
+
 @pytest.mark.parametrize(
     "spoil, said",
     [
         (lambda chapter: (chapter / "12-34-0001.wav").unlink(), "names 12-34-0001, but no 12-34-0001.wav or"),
         (lambda chapter: (chapter / "12-34-0001.wav").write_bytes(b"RIFF"), "12-34-0001.wav is no WAV file"),
+        (lambda chapter: cut(chapter / "12-34-0001.wav"), "12-34-0001.wav ends within a sample"),
+        (lambda chapter: (chapter / "12-34.trans.txt").write_bytes(b"12-34-0001 \xe9t\xe9\n"), "is no text in UTF-8"),
         (lambda chapter: (chapter / "12-34.trans.txt").write_text("12-34-0001 42\n"), "has no words for 12-34-0001"),
         (lambda chapter: (chapter / "12-34.trans.txt").unlink(), "has no .trans.txt file"),
         (lambda chapter: record(chapter / "12-34-0001.wav", UTTERANCE, 8000), "has 8000 samples a second"),
     ],
 )
 def test_recordings_that_cannot_be_read_are_named(own, cache, tmp_path, capsys, spoil, said):
+    """And the run that is there stays."""
+    kept = tmp_path / "out" / "checkpoints" / "seed0-base.safetensors"
+    checkpoint.write(kept, {}, {})
     spoil(own / "12" / "34")
     assert speech(*SHORT, "--data", own, "--out", tmp_path / "out", "--cache", cache) == cli.REFUSED
-    assert said in capsys.readouterr().err
+    assert said in capsys.readouterr().err and kept.exists()
 
 
 def test_flac_needs_a_package(own, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_from
 from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from kdtrainer.errors import RunError
 
 MODEL, OPTIMIZER, RNG, EXTRA = "model.", "optimizer.", "rng.torch", "extra."
+NAME, DIGEST = "name", "digest"  # of a file's plain values
+REPORTS = ("report.json", "report.md")  # of a run that ended: a fresh one has none yet
 
 Kind = TypeVar("Kind")
 
@@ -40,11 +42,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     """After a crash at any moment, `path` holds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk has no room for half a file either
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     _sync_directory(path.parent)
 
 
@@ -69,10 +75,13 @@ def save(
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Tensors and plain values in one file, with a digest of them all; `read` and `value_of` are the inverse."""
+    """Tensors and plain values in one file, with a digest of them all; `read` and `value_of` are the inverse.
+
+    The file knows its own name: another one's content in its place is noticed.
+    """
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    metadata = {name: json.dumps(value) for name, value in values.items()}
-    metadata["digest"] = _digest(tensors, metadata)
+    metadata = {name: json.dumps(value) for name, value in {**values, NAME: path.name}.items()}
+    metadata[DIGEST] = _digest(tensors, metadata)
     write_atomically(path, bytes_of(tensors, metadata))
 
 
@@ -84,13 +93,18 @@ def prepare(out: Path, resume: bool, config: AnyConfig, field: str = "seed") -> 
     found = sorted((out / "checkpoints").glob("*.safetensors"))
     if not resume:
         for path in found:
-            path.unlink()
+            if _is_foreign(path):
+                raise RunError(
+                    f"{path} is no checkpoint of kdtrainer, and a fresh run would remove it: give another --out"
+                )
+        for path in (*found, *(out / name for name in REPORTS)):
+            path.unlink(missing_ok=True)
         return 0
     if not found:
         print(f"no checkpoint in {out}: the run starts from the beginning")
     for path in found:
-        check_config(path, _of_its_seed(config, path, field))
         read(path)  # whole, before anything is written
+        check_config(path, _of_its_seed(config, path, field))
     return max((value_of(path, "progress")["metrics_bytes"] for path in found), default=0)
 
 
@@ -125,7 +139,7 @@ def value_of(path: Path, name: str) -> Any:
     """One of the plain values."""
     try:
         return json.loads(_metadata(path)[name])
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path) from error
 
 
@@ -159,13 +173,13 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name; not one bit of them, nor of the header, other than it was saved."""
+    """All tensors of a checkpoint, by name; not one bit of them, nor of the header, other than it was saved there."""
     try:
         tensors = tensors_from(path.read_bytes())
     except SafetensorError as error:
         raise _damaged(path) from error
     metadata = _metadata(path)
-    if metadata.pop("digest", None) != _digest(tensors, metadata):
+    if metadata.pop(DIGEST, None) != _digest(tensors, metadata) or value_of(path, NAME) != path.name:
         raise _damaged(path)
     return tensors
 
@@ -173,7 +187,7 @@ def read(path: Path) -> dict[str, Tensor]:
 def _digest(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
 
@@ -183,9 +197,18 @@ def _metadata(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
-        return json.loads(header)["__metadata__"]
-    except (ValueError, KeyError, OverflowError, MemoryError) as error:
+        return dict(json.loads(header)["__metadata__"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError) as error:
         raise _damaged(path) from error
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is a whole file of safetensors, and none of ours. What is damaged may have been ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            return DIGEST not in (file.metadata() or {})
+    except SafetensorError:
+        return False
 
 
 def _damaged(path: Path) -> RunError:

@@ -12,7 +12,7 @@ import kdtrainer
 from kdtrainer.compress.cli import add_compress, compress
 from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
-from kdtrainer.numbers import number
+from kdtrainer.numbers import MOST_THREADS, number
 from kdtrainer.recipe import fields_in
 from kdtrainer.speech.cli import add_speech, speech
 from kdtrainer.subspace.cli import add_subspace, subspace
@@ -45,11 +45,19 @@ DONE, OVER_BUDGET, REFUSED, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: done; 1: the two ways that were compared are too far apart; 2: the run was refused; 130: Ctrl-C."""
     chosen = parser().parse_args(arguments)
-    extra, needed = NEEDED[chosen.experiment]
+    try:
+        check_packages(chosen.experiment)
+    except RunError as error:
+        return complain(str(error), REFUSED)
+    return EXPERIMENTS[chosen.experiment](chosen)
+
+
+def check_packages(experiment: str) -> None:
+    """Raise RunError where one that it needs is not installed."""
+    extra, needed = NEEDED[experiment]
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
-        return complain(f"{' and '.join(missing)} must be installed: pip install 'kdkernels[{extra}]'", REFUSED)
-    return EXPERIMENTS[chosen.experiment](chosen)
+        raise RunError(f"{' and '.join(missing)} must be installed: pip install 'kdkernels[{extra}]'")
 
 
 def whisper_step(chosen: argparse.Namespace) -> int:
@@ -108,9 +116,11 @@ def tell_again(chosen: argparse.Namespace) -> int:
         from kdtrainer import page  # not above: it needs the packages looked for before
 
         recipe = page.read_json(chosen.directory)["recipe"]
-        if recipe not in PUBLISHERS:
+        if not isinstance(recipe, str) or recipe not in PUBLISHERS:
             raise RunError(f"{chosen.directory / page.REPORT} is of {recipe!r}, but must be of {', '.join(PUBLISHERS)}")
-        import_module(PUBLISHERS[recipe]).publish(chosen.directory)
+        check_packages(recipe)
+        with page.parsing(chosen.directory):
+            import_module(PUBLISHERS[recipe]).publish(chosen.directory)
         return DONE
     except (RunError, OSError) as error:
         return complain(str(error), REFUSED)
@@ -192,7 +202,7 @@ def add_digits(experiments: Any) -> None:
     add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the losses and of LoRA")
     add("--compare", action="store_true", help="distil again by the reference backend; exit 1 if the two runs differ")
     add("--budget", type=number(float, 0.0), default=BUDGET, help="relative deviation that --compare allows")
-    add("--threads", type=number(int, 1), default=d.threads, help="of torch; the models are small")
+    add("--threads", type=number(int, 1, most=MOST_THREADS), default=d.threads, help="of torch; the models are small")
     add("--checkpoint-every", type=number(int, 1), default=50, metavar="STEPS", help="and at the end of each part")
 
 
@@ -220,7 +230,7 @@ def add_whisper_step(experiments: Any) -> None:
     add("--steps", type=number(int, 1), default=d.steps, help="to time")
     add("--batch", type=number(int, 1), default=d.batch, help="clips of 30 s in a step")
     add("--dimension", type=number(int, 1), default=d.dimension, metavar="D", help="of the shared space")
-    add("--threads", type=number(int, 0), default=d.threads, help="of torch; 0: as many as it takes")
+    add("--threads", type=number(int, 0, most=MOST_THREADS), default=d.threads, help="of torch; 0: as many as it takes")
     add(
         "--students",
         type=number(int, 1),

@@ -59,6 +59,9 @@ def read(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of each task, in order."""
     tasks: dict[str, list[dict[str, Any]]] = {}
     for line in path.read_text().splitlines():
-        record = json.loads(line)
-        tasks.setdefault(record["task"], []).append(record)
+        try:
+            record = json.loads(line)
+            tasks.setdefault(record["task"], []).append(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} has a line that is none of a run's: it was changed since") from error
     return tasks

@@ -2,12 +2,17 @@
 
 import argparse
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
+MOST = {int: 2**31 - 1, float: 3.4e38}  # what torch's options and float32 hold
+MOST_THREADS = 1024
 
-def number(kind: Callable[[str], float], least: float, above: bool = False) -> Callable[[str], Any]:
-    """Parses a finite number of at least `least`, or above it."""
+
+def number(
+    kind: Callable[[str], float], least: float, above: bool = False, most: float | None = None
+) -> Callable[[str], Any]:
+    """Parses a number of at least `least`, or above it, and at most `most`."""
+    most = MOST[kind] if most is None else most  # type: ignore[index]
 
     def parse(text: str) -> float:
         try:
@@ -17,8 +22,8 @@ def number(kind: Callable[[str], float], least: float, above: bool = False) -> C
         if not (value > least if above else value >= least):
             bound = "above" if above else "at least"
             raise argparse.ArgumentTypeError(f"{text} is too small, must be {bound} {least}")
-        if value == inf:
-            raise argparse.ArgumentTypeError(f"{text} is too large, must be finite")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is too large, must be at most {most:g}")
         return value
 
     return parse

@@ -120,7 +120,7 @@ def read_json(out: Path) -> dict[str, Any]:
         raise RunError(f"{path} is missing: {out} holds no finished run; its command with --resume finishes it")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict) or "recipe" not in content:
         raise RunError(f"{path} does not say which recipe it is of: it is no report of kdtrainer's, or of an older one")
@@ -132,5 +132,5 @@ def parsing(out: Path) -> Iterator[None]:
     """Raises RunError where what is read of report.json within the block is not what a run wrote."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise RunError(f"{out / REPORT} is damaged, or of another version: {error!r}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from kdtrainer import metrics
 from kdtrainer.compare import Deviation
 from kdtrainer.config import Config
-from kdtrainer.page import Page, Table, origin, parsing, read_json, write_json
+from kdtrainer.page import Page, Table, origin, read_json, write_json
 
 RECIPE, TITLE = "digits", "An ensemble of teachers into one small student"
 MEANINGS = {
@@ -119,12 +119,11 @@ def publish(out: Path) -> None:
 
     content = read_json(out)
     names = [field.name for field in dataclasses.fields(Row)]
-    with parsing(out):
-        config = Config.from_json(content["config"])
-        rows = [Row(**{name: row[name] for name in names}) for row in content["models"]]
-        compared = dict(content["compare"] or {})
-        compared.pop("within_budget", None)
-        told = page(rows, config, Deviation(**compared) if compared else None)
+    config = Config.from_json(content["config"])
+    rows = [Row(**{name: row[name] for name in names}) for row in content["models"]]
+    compared = dict(content["compare"] or {})
+    compared.pop("within_budget", None)
+    told = page(rows, config, Deviation(**compared) if compared else None)
     plots.loss_curves(metrics.read(out / "metrics.jsonl"), out / "loss.png")
     plots.accuracy_bars(rows, config, out / "accuracy.png")
     told.write(out / "report.md", content)

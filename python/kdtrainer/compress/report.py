@@ -13,7 +13,7 @@ import kdkernels as kd
 from kdkernels.nn import LRUClassifier
 from kdtrainer.compress.config import COMPRESSED, UNCOMPRESSED, Config
 from kdtrainer.compress.training import Trained, systems_of
-from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
+from kdtrainer.page import Page, Table, origin, read_json, spread, write_json
 
 RECIPE, TITLE = "compress", "A state-space model that shrinks while it learns"
 MEANINGS = {
@@ -140,10 +140,9 @@ def publish(out: Path) -> None:
     from kdtrainer.compress import plots  # not above: it needs a while to load
 
     content = read_json(out)
-    with parsing(out):
-        models = {name: [Row(**row) for row in rows] for name, rows in content["models"].items()}
-        results = list(zip(*models.values(), strict=True))  # of each seed
-        first, told = models[COMPRESSED][0], page(Config.from_json(content["config"]), results)
+    models = {name: [Row(**row) for row in rows] for name, rows in content["models"].items()}
+    results = list(zip(*models.values(), strict=True))  # of each seed
+    first, told = models[COMPRESSED][0], page(Config.from_json(content["config"]), results)
     plots.spectra(first, out / "spectra.png")
     plots.over_time(results, out / "training.png")
     told.write(out / "report.md", content)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kdtrainer.numbers import number
+from kdtrainer.numbers import MOST_THREADS, number
 from kdtrainer.recipe import quickly
 from kdtrainer.speech.config import LABELS, LESSONS, QUICK, QUICK_SEEDS, SEEDS, TEACHERS, Config
 
@@ -37,7 +37,7 @@ def add_speech(experiments: Any) -> None:
     add("--teachers", type=names(TEACHERS, 2), default=",".join(d.teachers), metavar="NAMES", help=",".join(TEACHERS))
     add("--compare", type=names(LESSONS, 1), default=",".join(LESSONS), metavar="ROWS", help="of the table")
     size("--train", "utterances that the teachers hear with text")
-    size("--test", "utterances of other voices; with --data, its part of all is --test/--train")
+    size("--test", "utterances of other voices; with --data, its share of --train + --test is held back")
     size("--clean", "utterances without noise, for the base")
     size("--labels", "utterances that the students hear with text")
     size("--teacher-steps", "of each teacher", "STEPS")
@@ -56,7 +56,7 @@ def add_speech(experiments: Any) -> None:
     add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="likewise")
     add("--temperature", type=rate, default=d.temperature, help="of the soft targets")
     add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the losses and of LoRA")
-    add("--threads", type=count, default=d.threads, help="of torch, in each process")
+    add("--threads", type=number(int, 1, most=MOST_THREADS), default=d.threads, help="of torch, in each process")
     add(
         "--workers",
         type=count,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kdtrainer.errors import RunError
 from kdtrainer.speech import features, text
@@ -31,7 +32,7 @@ def recordings(root: Path) -> list[dict[str, Any]]:
         raise RunError(f"--data {root} is no folder")
     found = []
     for listing in sorted(root.rglob("*.trans.txt")):
-        for line in listing.read_text(encoding="utf-8").splitlines():
+        for line in lines_of(listing):
             name, _, said = line.strip().partition(" ")
             if not name:
                 continue
@@ -46,6 +47,35 @@ def recordings(root: Path) -> list[dict[str, Any]]:
     if not found:
         raise RunError(f"--data {root} has no .trans.txt file with recordings, in it or in a folder within")
     return found
+
+
+def lines_of(listing: Path) -> list[str]:
+    try:
+        return listing.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise RunError(f"{listing} is no text in UTF-8: {error}") from error
+
+
+def held_back(
+    found: list[dict[str, Any]], share: float, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those to train on, and at least that share, drawn by a seed, to test on.
+
+    A speaker, whose name begins that of a recording (LibriSpeech's 84-121123-0000), is in one of the two. Where there
+    are no two speakers, single recordings are drawn.
+    """
+    groups: dict[str, list[int]] = {}
+    for k, recording in enumerate(found):
+        groups.setdefault(Path(recording["path"]).stem.partition("-")[0], []).append(k)
+    parts = list(groups.values()) if len(groups) > 1 else [[k] for k in range(len(found))]
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    held: set[int] = set()
+    for k in order[: max(len(parts) - 1, 1)]:
+        if len(held) >= max(round(share * len(found)), 1):
+            break
+        held.update(parts[k])
+    train, test = ([each for k, each in enumerate(found) if (k in held) is which] for which in (False, True))
+    return train, test
 
 
 def read(recording: dict[str, Any]) -> tuple[np.ndarray, int]:
@@ -66,9 +96,11 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
             kind, rate, channels = file.getsampwidth(), file.getframerate(), file.getnchannels()
             content = file.readframes(file.getnframes())
     except (wav.Error, EOFError) as error:
-        raise RunError(f"{path} is no WAV file of whole numbers: {error}") from error
+        raise RunError(f"{path} is no WAV file of whole numbers: {str(error) or 'it ends too early'}") from error
     if kind not in BYTES:
         raise RunError(f"{path} has samples of {8 * kind} bits, but must have 8, 16 or 32")
+    if len(content) % (kind * channels):
+        raise RunError(f"{path} ends within a sample: it was cut")
     samples = np.frombuffer(content, BYTES[kind]).astype(np.float32).reshape(-1, channels)
     return (samples - 128) / 128 if kind == 1 else samples / 2 ** (8 * kind - 1), rate
 

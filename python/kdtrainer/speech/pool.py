@@ -73,7 +73,8 @@ def beside_each_other(
     running = {}
     for job, on_step in zip(jobs, on_steps, strict=True):
         number = next(numbers)
-        running[pool.submit(call, work, number, job)] = (number, on_step)
+        with unheard():
+            running[pool.submit(call, work, number, job)] = (number, on_step)
     failures = follow(running, steps, stop, interrupted)
     for failure in sorted(failures, key=lambda each: isinstance(each, Interrupted)):
         if isinstance(failure, BrokenProcessPool):
@@ -112,6 +113,20 @@ def follow(
             stop.set()
             pending = {future for future in pending if not future.cancel()}
     return failures
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended. A worker that is started within never hears it, not even before it has
+    Python's signals to say so: its interpreter takes seconds to be there."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from kdtrainer import deployment
 from kdtrainer.deployment import Deployed
-from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
+from kdtrainer.page import Page, Table, origin, read_json, spread, write_json
 from kdtrainer.speech import models
 from kdtrainer.speech.config import LABELS, LESSONS, Config
 
@@ -138,13 +138,12 @@ def publish(out: Path) -> None:
     from kdtrainer.speech import plots  # not above: it needs a while to load
 
     content = read_json(out)
-    with parsing(out):
-        config = Config.from_json(content["config"])
-        teachers, base = ([Row(**row) for row in content[name]] for name in ("teachers", "base"))
-        students = {name: [Row(**row) for row in each["rows"]] for name, each in content["students"].items()}
-        shipped = [Deployed(**each) for each in content["deployed"]]
-        found = Results(config, teachers, base, students, shipped)
-        told = page(found, content["seeds"])
+    config = Config.from_json(content["config"])
+    teachers, base = ([Row(**row) for row in content[name]] for name in ("teachers", "base"))
+    students = {name: [Row(**row) for row in each["rows"]] for name, each in content["students"].items()}
+    shipped = [Deployed(**each) for each in content["deployed"]]
+    found = Results(config, teachers, base, students, shipped)
+    told = page(found, content["seeds"])
     plots.error_rates(found, out / "error_rates.png")
     told.write(out / "report.md", content)
     told.show(out)

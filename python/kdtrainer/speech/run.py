@@ -101,7 +101,8 @@ def train_all(config: Config, options: Options, ranks: Ranks) -> None:
     ranks.check_shares({"--batch": config.batch, "--labelled-batch": config.labelled_batch})
     sources = sources_of(config)
     splits = Splits(*(tuple(source.path(options.cache) for source in part) for part in sources))
-    ranks.led(lambda: prepare_folder(config, options))
+    if options.resume:  # what cannot go on is refused before anything is made
+        ranks.led(lambda: prepare_folder(config, options))
     configs = [dataclasses.replace(config, student_seed=config.seed + k) for k in range(options.seeds)]
 
     def jobs(names: Sequence[str], configs: Sequence[Config]) -> list[Job]:
@@ -113,6 +114,8 @@ def train_all(config: Config, options: Options, ranks: Ranks) -> None:
         every = [source for part in sources for source in part]
         ranks.led(lambda: make_data(options.cache, every, run_all, bar))
         check_data(config, data(splits.train), data(splits.test))
+        if not options.resume:  # the run that was there goes when nothing is left that could be refused
+            ranks.led(lambda: prepare_folder(config, options))
         for title, stage in zip(("teachers", "bases", "students"), stages, strict=True):
             on_steps = bar.tasks(title, [job.steps for job in stage])
             run_all(train, stage, on_steps)
@@ -124,8 +127,8 @@ def prepare_folder(config: Config, options: Options) -> None:
     """Clear it for a fresh run, or check that it can go on."""
     checkpoint.prepare(options.out, options.resume, config, field="student_seed")
     if not options.resume:
-        for path in (options.out / "metrics").glob("*.jsonl"):
-            path.unlink()
+        for path in (options.out / "metrics.jsonl", *(options.out / "metrics").glob("*.jsonl")):
+            path.unlink(missing_ok=True)
 
 
 def check(config: Config, options: Options) -> None:
@@ -154,10 +157,9 @@ def sources_of(config: Config) -> tuple[list[Source], list[Source], list[Source]
         train = corpus.synthetic("train", config.train, config.seed)
         return train, corpus.synthetic("test", config.test, config.seed), clean
     found = folder.recordings(Path(config.data))
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(config.seed_of("held back"))).tolist()
-    held = max(round(len(found) * config.test / (config.train + config.test)), 1)
-    test, train = (corpus.sources("own", [found[k] for k in sorted(part)]) for part in (order[:held], order[held:]))
-    return train, test, clean
+    share = config.test / (config.train + config.test)
+    own, others = folder.held_back(found, share, config.seed_of("held back"))
+    return corpus.sources("own", own), corpus.sources("own", others), clean
 
 
 def check_data(config: Config, train: Utterances, test: Utterances) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
+from kdtrainer.page import Page, Table, origin, read_json, spread, write_json
 from kdtrainer.subspace import tasks
 from kdtrainer.subspace.config import FULL, PROJECTIONS, RATIOS, Config
 from kdtrainer.subspace.tasks import NATIVE, NATIVE_LABELS, TAUGHT, UNTAUGHT, key
@@ -118,14 +118,13 @@ def publish(out: Path) -> None:
     from kdtrainer.subspace import plots  # not above: it needs a while to load
 
     content = read_json(out)
-    with parsing(out):
-        config = Config.from_json(content["config"])
-        by_seed: dict[int, dict[Row, None]] = {}  # a student without a teacher stands there beside every one
-        for found in content["models"].values():
-            for row in (Row(**each) for rows in found.values() for each in rows):
-                by_seed.setdefault(row.seed, {})[row] = None
-        results = [list(rows) for rows in by_seed.values()]
-        told = page(config, content["classes"], results)
+    config = Config.from_json(content["config"])
+    by_seed: dict[int, dict[Row, None]] = {}  # a student without a teacher stands there beside every one
+    for found in content["models"].values():
+        for row in (Row(**each) for rows in found.values() for each in rows):
+            by_seed.setdefault(row.seed, {})[row] = None
+    results = [list(rows) for rows in by_seed.values()]
+    told = page(config, content["classes"], results)
     plots.curves(config, results, out / "curves.png")
     plots.students(config, results, out / "students.png")
     told.write(out / "report.md", content)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdtrainer.numbers import fraction, number
+from kdtrainer.numbers import MOST_THREADS, fraction, number
 from kdtrainer.recipe import quickly
 from kdtrainer.whisper.config import QUICK, Config
 
@@ -29,8 +29,13 @@ def add_whisper(experiments: Any) -> None:
     size("--train", "sentences to distil on")
     size("--test", "sentences held back")
     size("--steps", "of the students", "STEPS")
-    add("--seconds", type=count, default=d.seconds, help="that are heard of each; at most 30")
-    add("--layers", type=count, default=d.layers, help="of the student's encoder, and of its decoder; at most 4")
+    add("--seconds", type=number(int, 1, most=30), default=d.seconds, help="that are heard of each; at most 30")
+    add(
+        "--layers",
+        type=number(int, 1, most=4),
+        default=d.layers,
+        help="of the student's encoder, and of its decoder; at most 4",
+    )
     add("--lora-rank", type=count, default=d.rank, dest="rank", metavar="R", help="of each adapter")
     add("--dropout", type=fraction, default=d.dropout, help="of the adapters' inputs; below 1")
     add("--dimension", type=count, default=d.dimension, metavar="D", help="of the shared space")
@@ -39,7 +44,7 @@ def add_whisper(experiments: Any) -> None:
     add("--batch", type=count, default=d.batch, help="sentences in a step")
     add("--rate", type=number(float, 0.0, above=True), default=d.rate, help="of learning, at first")
     add("--backend", choices=("auto", "reference"), default=d.backend, help="reference: plain PyTorch and PEFT")
-    add("--threads", type=count, default=d.threads, help="of torch")
+    add("--threads", type=number(int, 1, most=MOST_THREADS), default=d.threads, help="of torch")
     add("--checkpoint-every", type=count, default=50, metavar="STEPS", help="and at the end")
 
 

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from kdtrainer.config import PHASES
-from kdtrainer.page import REPORT, Page, Table, origin, parsing, read_json, write_json
+from kdtrainer.page import REPORT, Page, Table, origin, read_json, write_json
 
 RECIPE, TITLE = "whisper-step", "What a distillation step costs"
 
@@ -35,9 +35,8 @@ def publish(out: Path) -> None:
 
 def leave(content: dict[str, Any], out: Path) -> Page:
     """What is beside report.json."""
-    with parsing(out):
-        told = page(content)
-        draw(content, out / "step.png")
+    told = page(content)
+    draw(content, out / "step.png")
     told.write(out / "report.md", content)
     return told
 

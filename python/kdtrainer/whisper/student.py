@@ -21,7 +21,7 @@ from kdkernels.integrations.peft import accelerate
 from kdtrainer import checkpoint, metrics
 from kdtrainer.compress.sequences import packaged
 from kdtrainer.errors import RunError
-from kdtrainer.page import Page, Table, origin, parsing, read_json, spread, write_json
+from kdtrainer.page import Page, Table, origin, read_json, spread, write_json
 from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.ranks import Ranks, together
 from kdtrainer.speech import synthesis
@@ -108,7 +108,10 @@ def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
 
 def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks: Ranks) -> None:
     ranks.check_shares({"--batch": min(config.batch, config.train)})
-    kept = ranks.led(lambda: checkpoint.prepare(out, resume, config))
+    if not config.alignment_weight and not config.soft_targets:
+        raise RunError("--alignment-weight and --soft-targets are both 0: nothing would be distilled")
+    prepare = partial(checkpoint.prepare, out, resume, config)
+    kept = ranks.led(prepare) if resume else None  # what cannot go on is refused before anything is made
     tokenizer = pretrained.tokenizer()
     shape = shape_of(config)
     first = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
@@ -137,7 +140,7 @@ def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks
         task = distillation(students, heard, encoded(heard, tokenizer), config, ranks)
         path = out / "checkpoints" / "whisper.safetensors"
         torch.manual_seed(config.seed_of("batches"))
-        with metrics.leading(ranks, out / "metrics.jsonl", lambda: kept or 0) as log:
+        with metrics.leading(ranks, out / "metrics.jsonl", lambda: kept or 0 if resume else prepare()) as log:
             on_step = bar.task("distillation", config.steps)
             fit(task, config, path, log, checkpoint_every, on_step, ranks=ranks)
         if not ranks.leads:
@@ -245,25 +248,22 @@ def written(model: WhisperForConditionalGeneration, heard: Tensor, tokenizer: An
 def publish(out: Path) -> None:
     """report.md and the table, from report.json."""
     content = read_json(out)
-    with parsing(out):
-        config, rates = Config.from_json(content["config"]), content["word_error_rates"]
-        columns = ("model", "what", *(f"WER, {part}, %" for part in rates[TEACHER]))
-        rows = [
-            [name, MEANINGS[name].format(config.layers), *(spread(each, 1, 100) for each in found.values())]
-            for name, found in rates.items()
-        ]
-        count = content["parameters"]
-        adapters = count["trained"] - count["aligner"]
-        beside = f", for {config.students} students beside each other" if config.students > 1 else ""
-        remarks = [
-            f"{adapters:,} parameters of adapters were trained, {adapters / count['teacher']:.2%} of the teacher's, "
-            f"and {count['aligner']:,} of the projections, which are dropped at the end.",
-            f"{config.steps} steps of {config.batch} utterances took {content['seconds']:.0f} s{beside}.",
-        ]
-        if LIBRIVOX not in rates[TEACHER]:
-            remarks.append(f"Not measured on LibriVox's recordings: apt-get install {LIBRIVOX_PACKAGE}.")
-        told = Page(
-            "Whisper tiny.en into its own first layers", [Table(f"seed {config.seed}", columns, rows, 2)], remarks
-        )
+    config, rates = Config.from_json(content["config"]), content["word_error_rates"]
+    columns = ("model", "what", *(f"WER, {part}, %" for part in rates[TEACHER]))
+    rows = [
+        [name, MEANINGS[name].format(config.layers), *(spread(each, 1, 100) for each in found.values())]
+        for name, found in rates.items()
+    ]
+    count = content["parameters"]
+    adapters = count["trained"] - count["aligner"]
+    beside = f", for {config.students} students beside each other" if config.students > 1 else ""
+    remarks = [
+        f"{adapters:,} parameters of adapters were trained, {adapters / count['teacher']:.2%} of the teacher's, "
+        f"and {count['aligner']:,} of the projections, which are dropped at the end.",
+        f"{config.steps} steps of {config.batch} utterances took {content['seconds']:.0f} s{beside}.",
+    ]
+    if LIBRIVOX not in rates[TEACHER]:
+        remarks.append(f"Not measured on LibriVox's recordings: apt-get install {LIBRIVOX_PACKAGE}.")
+    told = Page("Whisper tiny.en into its own first layers", [Table(f"seed {config.seed}", columns, rows, 2)], remarks)
     told.write(out / "report.md", content)
     told.show(out)
