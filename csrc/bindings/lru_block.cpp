@@ -49,8 +49,16 @@ GatedMix mix_of(const View& y, const View& u, const View& D, const View& value, 
                           " rows");
   for (const auto& [name, view] : {std::pair{"inner", inner}, std::pair{"outer", outer}})
     if (rows) check(name, view, y, rows / steps, H);
-  return {y,    u,     given_row("D", D), value, given_row("value_bias", value_bias),
-          gate, given_row("gate_bias", gate_bias), inner, outer, steps};
+  return {y,
+          u,
+          given_row("D", D),
+          value,
+          given_row("value_bias", value_bias),
+          gate,
+          given_row("gate_bias", gate_bias),
+          inner,
+          outer,
+          steps};
 }
 
 }  // namespace

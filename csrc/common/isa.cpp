@@ -46,10 +46,18 @@ bool avx512_bf16_runs() {
 #endif
 
 // One instruction set's copies, and how it multiplies bfloat16 numbers.
-#define KD_ISA_ROW(name, supported, isa, bf16, rate)                             \
-  {name,      supported,    &isa::projection_alignment, &isa::lora_linear,       \
-   &isa::svd, &isa::hankel, &isa::linear_distillation,  &isa::linear_recurrence, \
-   bf16,      rate,          &isa::lru_block}
+#define KD_ISA_ROW(name, supported, isa, bf16, rate) \
+  {name,                                             \
+   supported,                                        \
+   &isa::projection_alignment,                       \
+   &isa::lora_linear,                                \
+   &isa::svd,                                        \
+   &isa::hankel,                                     \
+   &isa::linear_distillation,                        \
+   &isa::linear_recurrence,                          \
+   bf16,                                             \
+   rate,                                             \
+   &isa::lru_block}
 
 // bfloat16's own instructions: on an AMD processor they multiply two for a float32, on an Intel one (Emerald Rapids)
 // no more than float32's do, so there they stand behind; AMX reached five times the rate of float32.

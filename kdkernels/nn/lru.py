@@ -187,17 +187,23 @@ class LRUBlock(nn.Module):
         H, parts = self.lru.features, (self.norm, self.lru, self.value, self.gate)
         if not (isinstance(input, Tensor) and input.dim() > 1 and 0 < H <= MOST and input.device.type == "cpu"):
             return False
-        if _has_any_global_hook() or any(map(_observed, parts)) or tuple(map(type, parts)) != (nn.LayerNorm, LRU, nn.Linear, nn.Linear):
+        if (
+            _has_any_global_hook()
+            or any(map(_observed, parts))
+            or tuple(map(type, parts)) != (nn.LayerNorm, LRU, nn.Linear, nn.Linear)
+        ):
             return False
         shaped = ((self.norm, (H,)), (self.value, (H, H)), (self.gate, (H, H)))
         tensors = [x for part, _ in shaped for x in (part.weight, part.bias)]
         return (
             input.shape[-1] == H
             and input.dtype in PRECISIONS
-            and all(x is not None and (x.dtype, x.device) == (input.dtype, input.device) for x in (*tensors, self.lru.D))
+            and all(
+                x is not None and (x.dtype, x.device) == (input.dtype, input.device) for x in (*tensors, self.lru.D)
+            )
             and all(part.weight.shape == shape for part, shape in shaped)
             and autocast_dtype(input) is None
-            and choose("linear_recurrence", self.lru.backend, "cpu", (input.dtype.to_complex(),)).backend == "native"
+            and choose("linear_recurrence", self.lru.backend, "cpu", (input.dtype,)).backend == "native"
         )
 
     def _dropped(self, x: Tensor) -> Tensor:

@@ -27,12 +27,12 @@ struct NarrowNormGradients {
 };
 
 struct GatedMix {
-  View y, u;                 // (rows, H)
-  View D;                    // (1, H)
-  View value, value_bias;    // V (H, H), v (1, H)
-  View gate, gate_bias;      // G (H, H), g (1, H)
-  View inner, outer;         // m₁ and m₂ (sequences, H), or absent
-  int64_t steps = 1;         // rows of a sequence
+  View y, u;               // (rows, H)
+  View D;                  // (1, H)
+  View value, value_bias;  // V (H, H), v (1, H)
+  View gate, gate_bias;    // G (H, H), g (1, H)
+  View inner, outer;       // m₁ and m₂ (sequences, H), or absent
+  int64_t steps = 1;       // rows of a sequence
 };
 
 struct GatedMixGradients {

@@ -86,9 +86,7 @@ def mix_backward(
 ) -> list[Tensor | None]:
     """The gradients of y, u, D, V, v, G and g that are needed."""
     grad, (y, u, *parameters) = readable(grad), map(readable, tensors)
-    found = [
-        torch.empty_like(x) if need else None for x, need in zip((y, u, *parameters), needs, strict=True)
-    ]
+    found = [torch.empty_like(x) if need else None for x, need in zip((y, u, *parameters), needs, strict=True)]
     _native.module().gated_mix_backward(
         *map(_rows, (grad, y, u)), *parameters, *map(_rows, (readable(inner), readable(outer))),
         y.shape[1], [*map(_rows, found[:2]), *found[2:]], torch.get_num_threads(),
