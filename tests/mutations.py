@@ -40,6 +40,7 @@ SPECTRUM = "csrc/cpu/spectrum.h"
 SVD = "csrc/cpu/svd.cpp"
 HANKEL = "csrc/cpu/hankel.cpp"
 RECURRENCE = "csrc/cpu/linear_recurrence.cpp"
+LRU_BLOCK = "csrc/cpu/lru_block.cpp"
 RECURRENCE_TRITON = "kdkernels/ops/linear_recurrence/kernels.py"
 PARTIAL = "csrc/cpu/partial.h"
 
@@ -48,7 +49,7 @@ OPS |= dict.fromkeys((DISTILLATION, VECTOR_MATH, DISTILLATION_TRITON), ("linear_
 OPS |= dict.fromkeys((LORA, LOW_RANK, DROPOUT, LORA_TRITON), ("lora_linear",))
 OPS |= dict.fromkeys((HOUSEHOLDER, JACOBI, SPECTRUM, SVD), ("svd", "svdvals"))
 OPS |= dict.fromkeys((LANES, GENERATOR, HANKEL), ("gramian_factors", "hankel_singular_values"))
-OPS |= dict.fromkeys((RECURRENCE, PARTIAL, RECURRENCE_TRITON), ("linear_recurrence",))
+OPS |= dict.fromkeys((RECURRENCE, LRU_BLOCK, PARTIAL, RECURRENCE_TRITON), ("linear_recurrence",))
 
 TRITON_KERNELS = [
     Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
@@ -164,6 +165,13 @@ NATIVE_KERNELS = [
     Mutation("reach_start", RECURRENCE, "L.of[v].times_plus(block.read(g, v), Vector<T>{}));", "block.read(g, v));"),
     Mutation("for_shares", RECURRENCE, "min(N, (index + 1) * group), index);", "index * group + 1, index);"),
     Mutation("backward's total", RECURRENCE, "sum += totals[i * row + l];", "sum = totals[i * row + l];"),
+    Mutation("Rows", LRU_BLOCK, "k < count * H ? from[k] : T{};", "from[k < count * H ? k : 0];"),
+    Mutation("Scales", LRU_BLOCK, "square[w] += apart * apart;", "square[w] = apart * apart;"),
+    Mutation("norm_gradients", LRU_BLOCK, "- mean[w] - x[j * kWide + w] * along[w]", "- mean[w]"),
+    Mutation("read_mask", LRU_BLOCK, "min(rows.first + p, last) / steps * H;", "rows.first / steps * H;"),
+    Mutation("prepare", LRU_BLOCK, "n.cumulative + s * n.density;", "n.cumulative;"),
+    Mutation("mix_gradients", LRU_BLOCK, "share[k] = arriving * a[k] * (1 - share[k]);", "share[k] = arriving * a[k];"),
+    Mutation("move_sums", LRU_BLOCK, "totals[k] += total<T>(sums[k]);", "totals[k] = total<T>(sums[k] + sums[k]);"),
     Mutation("load_first", PARTIAL, "x[l] = p[l];", "x[l] = p[0];"),
     Mutation("store_first", PARTIAL, "p[l] = x[l];", "p[l] = x[0];"),
 ]  # fmt: skip

@@ -19,6 +19,7 @@ void bind_hankel(py::module_& m);
 void bind_linear_distillation(py::module_& m);
 void bind_linear_recurrence(py::module_& m);
 void bind_lora_linear(py::module_& m);
+void bind_lru_block(py::module_& m);
 void bind_projection_alignment(py::module_& m);
 void bind_svd(py::module_& m);
 

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, m) {
   kd::bind_linear_distillation(m);
   kd::bind_linear_recurrence(m);
   kd::bind_lora_linear(m);
+  kd::bind_lru_block(m);
   kd::bind_projection_alignment(m);
   kd::bind_svd(m);
 #ifdef KD_CUDA_ARCHITECTURES

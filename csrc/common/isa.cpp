@@ -9,6 +9,7 @@
 #include "kdkernels/linear_distillation.h"
 #include "kdkernels/linear_recurrence.h"
 #include "kdkernels/lora_linear.h"
+#include "kdkernels/lru_block.h"
 #include "kdkernels/projection_alignment.h"
 #include "kdkernels/svd.h"
 
@@ -20,6 +21,7 @@ namespace kd {
   extern const LinearDistillationKernels linear_distillation;   \
   extern const LinearRecurrenceKernels linear_recurrence;       \
   extern const LoraLinearKernels lora_linear;                   \
+  extern const LruBlockKernels lru_block;                       \
   extern const ProjectionAlignmentKernels projection_alignment; \
   extern const SvdKernels svd;                                  \
   }
@@ -44,10 +46,18 @@ bool avx512_bf16_runs() {
 #endif
 
 // One instruction set's copies, and how it multiplies bfloat16 numbers.
-#define KD_ISA_ROW(name, supported, isa, bf16, rate)                             \
-  {name,      supported,    &isa::projection_alignment, &isa::lora_linear,       \
-   &isa::svd, &isa::hankel, &isa::linear_distillation,  &isa::linear_recurrence, \
-   bf16,      rate}
+#define KD_ISA_ROW(name, supported, isa, bf16, rate) \
+  {name,                                             \
+   supported,                                        \
+   &isa::projection_alignment,                       \
+   &isa::lora_linear,                                \
+   &isa::svd,                                        \
+   &isa::hankel,                                     \
+   &isa::linear_distillation,                        \
+   &isa::linear_recurrence,                          \
+   bf16,                                             \
+   rate,                                             \
+   &isa::lru_block}
 
 // bfloat16's own instructions: on an AMD processor they multiply two for a float32, on an Intel one (Emerald Rapids)
 // no more than float32's do, so there they stand behind; AMX reached five times the rate of float32.

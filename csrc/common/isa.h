@@ -11,6 +11,7 @@ struct HankelKernels;
 struct LinearDistillationKernels;
 struct LinearRecurrenceKernels;
 struct LoraLinearKernels;
+struct LruBlockKernels;
 struct ProjectionAlignmentKernels;
 struct SvdKernels;
 
@@ -25,6 +26,7 @@ struct Isa {
   const LinearRecurrenceKernels* linear_recurrence;
   const Bf16Tile* bf16;  // products of bfloat16 numbers by instructions of their own, or null
   int bf16_rate;         // how many times faster than float32's they are, as measured
+  const LruBlockKernels* lru_block;
 };
 
 // Best first. Only those this processor can run.

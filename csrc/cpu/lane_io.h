@@ -5,25 +5,37 @@
 
 namespace kd::KD_ISA {
 
-// Transposes L vectors of L lanes: block by block, then within blocks.
-template <class T>
-inline void transpose_lanes(Vector<T>* rows) {
-  constexpr int L = kLanes<T>;
-#pragma GCC unroll 4
-  for (int s = L / 2; s >= 1; s /= 2) {
-    Mask<T> low, high;
+// Which lanes of two rows, `apart` from each other, the step of a transposition takes. Constants in memory: the
+// compiler does not see that a vector that is filled lane by lane is one, and would fill it for every use.
+template <class T, int apart>
+struct Exchange {
+  Word<T> low[kLanes<T>], high[kLanes<T>];
+
+  constexpr Exchange() : low{}, high{} {
+    constexpr int L = kLanes<T>;
     for (int l = 0; l < L; ++l) {
-      low[l] = static_cast<Word<T>>(l & s ? L + l - s : l);
-      high[l] = static_cast<Word<T>>(l & s ? L + l : l + s);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      if (i & s) continue;
-      const Vector<T> a = rows[i], b = rows[i + s];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + s] = __builtin_shuffle(a, b, high);
+      low[l] = static_cast<Word<T>>(l & apart ? L + l - apart : l);
+      high[l] = static_cast<Word<T>>(l & apart ? L + l : l + apart);
     }
   }
+};
+template <class T, int apart>
+inline constexpr Exchange<T, apart> kExchange;
+
+// Transposes L vectors of L lanes: block by block, then within blocks.
+template <class T, int apart = kLanes<T> / 2>
+inline void transpose_lanes(Vector<T>* rows) {
+  Mask<T> low, high;
+  __builtin_memcpy(&low, kExchange<T, apart>.low, sizeof low);
+  __builtin_memcpy(&high, kExchange<T, apart>.high, sizeof high);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & apart) continue;
+    const Vector<T> a = rows[i], b = rows[i + apart];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + apart] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (apart > 1) transpose_lanes<T, apart / 2>(rows);
 }
 
 // The matrices of one lane group, `valid` of them, each `stride` reals from the one before.

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from kdkernels.backend import BACKENDS
+from kdkernels.backend import BACKENDS, choose
 from kdkernels.contract import autocast_dtype, check_choice, check_count, check_number, check_tensor, show
+from kdkernels.ops.linear_recurrence.block import MOST, mix, norm
 from kdkernels.ops.linear_recurrence.state_space import state_space
 
 SMALLEST = 1e-8  # of |λ| and of angles, whose logarithms are parameters
@@ -123,26 +125,29 @@ class LRU(nn.Module):
             TypeError, ValueError: the input is no floating-point tensor of this shape, or the parameters were cast to
                 what is neither float32 nor float64.
         """
-        H, n = self.features, self.states
+        H = self.features
         check_tensor("input", input)
         if input.dim() < 2 or input.shape[-1] != H:
             raise ValueError(f"input has shape {show(input.shape)}, but must be (..., T, {H})")
+        with nullcontext() if autocast_dtype(input) is None else torch.autocast(input.device.type, enabled=False):
+            u, y, state = self._recur(input, initial_state)
+            y = torch.addcmul(y, self.D, u).reshape(input.shape)
+        return (y, state.reshape(*input.shape[:-2], self.states)) if return_state else y
+
+    def _recur(self, input: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """u and Re(C h), (N, T, H), and h_T (N, n), of a checked input (..., T, H)."""
+        H, n = self.features, self.states
         leading, dtype = input.shape[:-2], self.D.dtype
-        start = initial_state
         if start is not None and start.shape != (*leading, n):
             raise ValueError(f"initial_state has shape {show(start.shape)}, but must be {show((*leading, n))}")
         if dtype not in PRECISIONS:
             raise TypeError(f"the parameters have dtype {dtype}, but must have torch.float32 or torch.float64")
-        with nullcontext() if autocast_dtype(input) is None else torch.autocast(input.device.type, enabled=False):
-            u = input.to(dtype).reshape(prod(leading), *input.shape[-2:])
-            start = None if start is None else start.to(dtype.to_complex()).reshape(prod(leading), n)
-            B = torch.stack([self.B_re, self.B_im], 1) * self.gamma_log.exp().view(n, 1, 1)  # (n, 2, H)
-            C = torch.stack([self.C_re, -self.C_im], -1)  # (H, n, 2)
-            y, state = state_space(
-                u, self.eigenvalues(), B.view(2 * n, H), C.view(H, 2 * n), start, backend=self.backend
-            )
-            y = torch.addcmul(y, self.D, u).reshape(input.shape)
-        return (y, state.reshape(*leading, n)) if return_state else y
+        u = input.to(dtype).reshape(prod(leading), *input.shape[-2:])
+        start = None if start is None else start.to(dtype.to_complex()).reshape(prod(leading), n)
+        B = torch.stack([self.B_re, self.B_im], 1) * self.gamma_log.exp().view(n, 1, 1)  # (n, 2, H)
+        C = torch.stack([self.C_re, -self.C_im], -1)  # (H, n, 2)
+        y, state = state_space(u, self.eigenvalues(), B.view(2 * n, H), C.view(H, 2 * n), start, backend=self.backend)
+        return u, y, state
 
     def extra_repr(self) -> str:
         low, high, phase = self.ring
@@ -168,13 +173,53 @@ class LRUBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., T, H) -> (..., T, H)."""
-        mixed = self._dropped(F.gelu(self.lru(self.norm(input))))
-        return input + self._dropped(self.value(mixed) * self.gate(mixed).sigmoid())
+        if not self._narrow(input):
+            mixed = self._dropped(F.gelu(self.lru(self.norm(input))))
+            return input + self._dropped(self.value(mixed) * self.gate(mixed).sigmoid())
+        x = input.reshape(prod(input.shape[:-2]), *input.shape[-2:])
+        u, y, _ = self.lru._recur(norm(x, self.norm.weight, self.norm.bias, self.norm.eps), None)
+        inner, outer = self._mask(x), self._mask(x)
+        linear = (self.value.weight, self.value.bias, self.gate.weight, self.gate.bias)
+        return mix(x, y, u, self.lru.D, *linear, inner, outer).reshape(input.shape)
+
+    def _narrow(self, input: Tensor) -> bool:
+        """Whether the kernels for few features do the same as the modules, of which none is then called."""
+        H, parts = self.lru.features, (self.norm, self.lru, self.value, self.gate)
+        if not (isinstance(input, Tensor) and input.dim() > 1 and 0 < H <= MOST and input.device.type == "cpu"):
+            return False
+        if (
+            _has_any_global_hook()
+            or any(map(_observed, parts))
+            or tuple(map(type, parts)) != (nn.LayerNorm, LRU, nn.Linear, nn.Linear)
+        ):
+            return False
+        shaped = ((self.norm, (H,)), (self.value, (H, H)), (self.gate, (H, H)))
+        tensors = [x for part, _ in shaped for x in (part.weight, part.bias)]
+        return (
+            input.shape[-1] == H
+            and input.dtype in PRECISIONS
+            and all(
+                x is not None and (x.dtype, x.device) == (input.dtype, input.device) for x in (*tensors, self.lru.D)
+            )
+            and all(part.weight.shape == shape for part, shape in shaped)
+            and autocast_dtype(input) is None
+            and choose("linear_recurrence", self.lru.backend, "cpu", (input.dtype,)).backend == "native"
+        )
 
     def _dropped(self, x: Tensor) -> Tensor:
+        mask = self._mask(x)
+        return x if mask is None else x * mask
+
+    def _mask(self, x: Tensor) -> Tensor | None:
         if not (self.training and self.dropout.p):
-            return x
-        return x * self.dropout(x.new_ones(*x.shape[:-2], 1, x.shape[-1]))
+            return None
+        return self.dropout(x.new_ones(*x.shape[:-2], 1, x.shape[-1]))
+
+
+def _observed(module: nn.Module) -> bool:
+    """Whether calling the module may do more than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 class LRUClassifier(nn.Module):

@@ -43,3 +43,57 @@ def backward(
         grad, Lambda, states, readable(initial_state), g, d_Lambda, d_initial, reverse, torch.get_num_threads()
     )
     return [d_Lambda, g if needs[1] else None, d_initial]
+
+
+def norm(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The rows of (..., H), normalised."""
+    input = readable(input)
+    out = torch.empty_like(input)
+    _native.module().narrow_norm(
+        _rows(input), readable(weight), readable(bias), eps, _rows(out), torch.get_num_threads()
+    )
+    return out
+
+
+def norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, eps: float, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the input, the weight and the bias that are needed."""
+    grad, input, weight = map(readable, (grad, input, weight))
+    like = (input, weight, weight)
+    d_input, d_weight, d_bias = found = [
+        torch.empty_like(x) if need else None for x, need in zip(like, needs, strict=True)
+    ]
+    _native.module().narrow_norm_backward(
+        _rows(grad), _rows(input), weight, eps, _rows(d_input), d_weight, d_bias, torch.get_num_threads()
+    )
+    return found
+
+
+def mix(x: Tensor, tensors: Sequence[Tensor], inner: Tensor | None, outer: Tensor | None) -> Tensor:
+    """x (N, T, H) + m₂ ⊙ (V z + v) ⊙ σ(G z + g), z = m₁ ⊙ gelu(y + D ⊙ u), of y, u, D, V, v, G and g."""
+    x, (y, u, *parameters) = readable(x), map(readable, tensors)
+    out = torch.empty_like(x)
+    _native.module().gated_mix(
+        *map(_rows, (x, y, u)), *parameters, *map(_rows, (readable(inner), readable(outer))),
+        x.shape[1], _rows(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def mix_backward(
+    grad: Tensor, tensors: Sequence[Tensor], inner: Tensor | None, outer: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of y, u, D, V, v, G and g that are needed."""
+    grad, (y, u, *parameters) = readable(grad), map(readable, tensors)
+    found = [torch.empty_like(x) if need else None for x, need in zip((y, u, *parameters), needs, strict=True)]
+    _native.module().gated_mix_backward(
+        *map(_rows, (grad, y, u)), *parameters, *map(_rows, (readable(inner), readable(outer))),
+        y.shape[1], [*map(_rows, found[:2]), *found[2:]], torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """(..., H) -> (rows, H)."""
+    return None if x is None else x.view(x.shape[:-1].numel(), x.shape[-1])

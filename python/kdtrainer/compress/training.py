@@ -90,7 +90,9 @@ def optimizer_of(model: LRUClassifier, config: Config) -> torch.optim.Optimizer:
         {"params": own, "factor": config.ssm_rate_factor, "weight_decay": 0.0},
         {"params": others, "factor": 1.0, "weight_decay": config.weight_decay},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    # one kernel for all parameters: they are many and small
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
 
 
 def layers_of(model: torch.nn.Module) -> list[LRU]:
