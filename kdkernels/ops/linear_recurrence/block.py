@@ -7,6 +7,7 @@ of which backward keeps y and u and makes the rest again.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def _differentiate_norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     input, weight, bias = ctx.saved_tensors
     if again := _again(grad):
         with again:
-            return *_gradients(lambda *x: composed_norm(*x, ctx.eps), (input, weight, bias), grad, wanted), None
+            return *_gradients(partial(composed_norm, eps=ctx.eps), (input, weight, bias), grad, wanted), None
     found = norm_backward(grad, input, weight, ctx.eps, wanted)
     return *_picked(found, wanted), None
 
@@ -153,7 +154,7 @@ def _differentiate_mix(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if again := _again(grad):
         with again:
             zero = torch.zeros_like(grad)
-            found = _gradients(lambda *x: composed_mix(zero, *x, inner, outer), tensors, grad, wanted)
+            found = _gradients(partial(composed_mix, zero, inner=inner, outer=outer), tensors, grad, wanted)
             return own, *found, None, None
     found = mix_backward(grad, *tensors, inner, outer, wanted)
     return own, *_picked(found, wanted), None, None
