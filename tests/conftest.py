@@ -4,10 +4,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Run, forking
 
 from kdkernels import _native
 from kdkernels.testing.compare import poisoned_memory
@@ -55,6 +57,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def environment() -> dict[str, str]:
     """For a Python of its own, in this checkout."""
     return environment_of(ROOT)
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Run]:
+    """`python(environment, *arguments)`: a program in a process of its own, which need not import torch anew."""
+    with forking(environment_of(ROOT)) as run:
+        yield partial(run, cwd=ROOT)
 
 
 @pytest.fixture
