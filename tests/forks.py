@@ -1,4 +1,4 @@
-"""A Python that has imported torch, and forks for each program: importing torch takes longer than most programs do."""
+"""A Python that has imported torch, and a fork of it for each program: most take less time than importing torch."""
 
 import json
 import subprocess
@@ -11,8 +11,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # As `python -c program`, `python -m module` and `python script` do: what they print, and the code they exit with.
 SERVER = """
-import atexit, json, os, runpy, sys, tempfile, traceback, types
-import torch
+import atexit, importlib, json, os, runpy, sys, tempfile, traceback, types
+for module in ("torch", *sys.argv[1:]):
+    importlib.import_module(module)
 
 def run(command):
     what, *sys.argv = ["-c", *command] if command[0] == "-c" else command if command[0] == "-m" else ["", *command]
@@ -62,13 +63,16 @@ for line in sys.stdin:
 
 
 @contextmanager
-def forking(environment: dict[str, str]) -> Iterator[Run]:
+def forking(environment: dict[str, str], *modules: str, cwd: Path | None = None) -> Iterator[Run]:
     """`run(environment, *arguments, cwd)`, as `subprocess.run([python, *arguments], ...)` with what it printed.
 
-    What Python, torch and OpenMP read when they start, they read in the environment given here.
+    What Python, torch and OpenMP read when they start, they read in the environment given here. `modules` are imported
+    beforehand too.
     """
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, "-c", SERVER, *modules]
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdin is not None and server.stdout is not None
         ask, answer = server.stdin, server.stdout
 

@@ -9,6 +9,9 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.native  # the CPU run that is compared with is that of the kernels
 
+OPERATORS = {"projection_alignment_loss", "lora_linear", "linear_distillation_loss", "svd", "hankel_energy"}
+OPERATORS.add("linear_recurrence")
+
 
 def differences(environment, *options):
     """(case, what differs) of every case, in a process of its own."""
@@ -21,13 +24,13 @@ def differences(environment, *options):
 def test_every_operator_stays_on_its_device(environment):
     found = differences(environment)
     operators = {case[1].split()[0] for case, _ in found}
-    names = {"projection_alignment_loss", "lora_linear", "linear_distillation_loss", "svd", "hankel_energy"}
-    names.add("linear_recurrence")
-    assert len(found) > 1000 and operators > names
+    assert len(found) > 1000 and operators > OPERATORS
     assert not [row for row in found if row[1]]
 
 
 def test_one_gradient_on_the_cpu_is_caught(environment):
-    wrong = {case for case, text in differences(environment, "--mistake") if text}
+    found = differences(environment, "--mistake")
+    assert {case[1].split()[0] for case, _ in found} > OPERATORS
+    wrong = {case for case, text in found if text}
     assert wrong and all(case[1].startswith("projection_alignment_loss") for case in wrong)
     assert any("student_bias" in case[2] for case in wrong)
