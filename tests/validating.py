@@ -3,8 +3,7 @@
 import re
 from contextlib import contextmanager
 
-from conftest import environment_of
-from forks import forking
+from forks import environment_of, finished, forking
 
 VALIDATE = ("validate", "--quick", "--exitfirst")
 FAILED = re.compile(r"\b[1-9]\d* failed")
@@ -17,10 +16,10 @@ def validator(tree, *modules, **environment):
     Each time in a fork of a process that has imported these modules: it takes longer than finding most mistakes.
     """
     environment = environment_of(tree) | {"PYTHONDONTWRITEBYTECODE": "1"} | environment
-    with forking(environment, *modules, cwd=tree) as run:
+    with forking(environment, *modules, cwd=tree) as start:
 
         def validate(*options):
-            done = run(environment, "-m", "kdkernels", *VALIDATE, *options, cwd=tree)
+            done = finished(start(environment, "-m", "kdkernels", *VALIDATE, *options, cwd=tree))
             return done.returncode, done.stdout + done.stderr
 
         yield validate
