@@ -3,16 +3,17 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
+from forks import ROOT, environment_of, finished, shared
 
 from kdkernels import _native
 from kdkernels.testing.compare import poisoned_memory
 
-ROOT = Path(__file__).resolve().parents[1]
 ISAS = ("avx512", "avx2", "baseline")
 # A process that takes a file takes all of it: one of these at the end would leave the other processes without work.
 LONGEST = ("test_mutations_triton", "test_mutations_native", "test_triton_aot", "test_cli", "test_cuda_host")
@@ -33,12 +34,6 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def environment_of(root: Path) -> dict[str, str]:
-    """For a Python of its own: the checkout in `root` first, one thread, and no path of the kernels forced."""
-    found = {name: value for name, value in os.environ.items() if name not in ("KDKERNELS_ISA", "KDKERNELS_GEMM")}
-    return found | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-
-
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """One instruction set, for this test: parametrize it indirectly with ISAS."""
@@ -55,6 +50,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def environment() -> dict[str, str]:
     """For a Python of its own, in this checkout."""
     return environment_of(ROOT)
+
+
+@pytest.fixture
+def python() -> Callable[..., CompletedProcess[str]]:
+    """`python(environment, *arguments)`: a program in a process of its own, which need not import torch anew."""
+    return lambda environment, *arguments, check=False: finished(shared()(environment, *arguments, cwd=ROOT), check)
 
 
 @pytest.fixture

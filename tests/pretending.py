@@ -4,7 +4,7 @@ Under FakeTensorMode `device="cuda"` cannot answer on a CPU build of PyTorch: au
 aborts the process. A device registered from Python has a guard, and FakeTensorMode raises wherever tensors of two
 devices meet, as CUDA would. Registering it changes the process for good, so this file runs in one of its own, which
 prints a line of JSON for each case: what it is, and what the pretended device says otherwise than a real CPU run.
-With --mistake one gradient is made on the CPU, which must show.
+With --mistake one gradient is made on the CPU, which must show, and an eighth of the other operators' cases stay right.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from torch import Tensor
 import kdkernels as kd
 
 NAME = "pretend"
+EIGHTH = 8
 N, D_S, D_T, D, D_OUT, R = 6, 4, 5, 8, 7, 2
 
 
@@ -270,11 +271,14 @@ def mistake() -> None:
 
 if __name__ == "__main__":
     register()
-    if "--mistake" in sys.argv:
+    mistaken = "--mistake" in sys.argv
+    if mistaken:
         mistake()
-    for implementation in ("auto",) if "--mistake" in sys.argv else ("auto", "reference"):
+    for implementation in ("auto",) if mistaken else ("auto", "reference"):
         with kd.use_backend(implementation):
-            for case in cases():
+            for number, case in enumerate(cases()):
+                if mistaken and number % EIGHTH and not case.name.startswith("projection_alignment_loss"):
+                    continue
                 about = [implementation, case.name, sorted(case.leaves), str(case.dtype)]
                 print(json.dumps([*about, difference(case)]))
     sys.stdout.flush()

@@ -129,7 +129,7 @@ def test_a_missing_module_asked_for_by_name_raises_its_cause(missing):
     assert raised.value.__cause__ is missing
 
 
-def test_import_touches_neither_triton_nor_cuda(environment):
+def test_import_touches_neither_triton_nor_cuda(python, environment):
     program = (
         "import sys, torch; before = set(sys.modules); import kdkernels; new = set(sys.modules) - before; "
         "heavy = ('triton', 'numpy', 'rich', 'matplotlib', 'kdkernels.testing', 'kdkernels.cli', "
@@ -137,4 +137,4 @@ def test_import_touches_neither_triton_nor_cuda(environment):
         "bad = [m for m in new if m.startswith(heavy)]; assert not bad, bad; "
         "assert not torch.cuda.is_initialized(); assert not any(m.split('.')[0] == 'triton' for m in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    python(environment, "-c", program, check=True)

@@ -1,4 +1,7 @@
-"""`python -m kdkernels doctor | validate | bench`, as a user runs them: each in a process of its own."""
+"""`python -m kdkernels doctor | validate | bench`, as a user runs them: each in a process of its own.
+
+Most of these processes are forks of one that has imported torch; `alone` starts Python.
+"""
 
 import json
 import subprocess
@@ -10,7 +13,8 @@ import pytest
 import torch
 from conftest import BF16_ISAS, ISAS, ROOT
 
-from kdkernels import _native
+from kdkernels import _native, gemm
+from kdkernels.__main__ import main
 from kdkernels.backend import TABLE
 from kdkernels.cli import bench, doctor, table
 from kdkernels.cli import validate as validation
@@ -23,14 +27,20 @@ from kdkernels.testing.timing import interleave, medians
 CASE = "cosine, small*"
 
 
-def kdkernels(environment, *arguments, cwd=ROOT):
+@pytest.fixture
+def kdkernels(python, environment):
+    """`kdkernels(*arguments, VARIABLE=value)`."""
+    return lambda *arguments, **variables: python(environment | variables, "-m", "kdkernels", *arguments)
+
+
+def alone(environment, *arguments, cwd=ROOT):
     return subprocess.run(
         [sys.executable, "-m", "kdkernels", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
 
 
 def test_help_names_the_commands(environment):
-    result = kdkernels(environment, "--help")
+    result = alone(environment, "--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("doctor", "validate", "bench"))
 
@@ -53,15 +63,15 @@ def test_a_reader_that_leaves_early_is_no_error(environment):
 # ---- doctor
 
 
-def test_doctor_prints_and_is_healthy(environment):
-    result = kdkernels(environment, "doctor")
+def test_doctor_prints_and_is_healthy(kdkernels):
+    result = kdkernels("doctor")
     assert result.returncode == 0, result.stdout + result.stderr
     for text in ("kdkernels 0.", "torch 2.", "threads", "compiled module", "self-check: ok"):
         assert text in result.stdout
 
 
-def test_doctor_json(environment):
-    report = json.loads(kdkernels(environment, "doctor", "--json").stdout)
+def test_doctor_json(kdkernels):
+    report = json.loads(kdkernels("doctor", "--json").stdout)
     assert report["ok"] is True
     assert {"kdkernels", "python", "packages", "cpu", "threads", "cuda"} <= report["machine"].keys()
     assert report["machine"]["packages"]["torch"] == torch.__version__
@@ -74,26 +84,26 @@ def test_doctor_json(environment):
 
 @pytest.mark.native
 @pytest.mark.parametrize("isa", (*BF16_ISAS, *ISAS))
-def test_doctor_says_which_instruction_set_was_forced(environment, isa):
+def test_doctor_says_which_instruction_set_was_forced(kdkernels, isa):
     if isa not in _native.module().isas():
         pytest.skip(f"this CPU or build has no {isa}")
-    result = kdkernels(environment | {"KDKERNELS_ISA": isa}, "doctor")
+    result = kdkernels("doctor", KDKERNELS_ISA=isa)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"instruction set {isa}, forced by KDKERNELS_ISA={isa}" in result.stdout
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("who", ["vendor", "own"])
-def test_doctor_says_who_multiplies(environment, who):
-    result = kdkernels(environment | {"KDKERNELS_GEMM": who}, "doctor")
+def test_doctor_says_who_multiplies(kdkernels, who):
+    result = kdkernels("doctor", KDKERNELS_GEMM=who)
     assert f"float32 {who}, bfloat16 {who}, forced by KDKERNELS_GEMM" in result.stdout
-    result = kdkernels(environment | {"KDKERNELS_GEMM": "mine"}, "doctor")
+    result = kdkernels("doctor", KDKERNELS_GEMM="mine")
     assert "KDKERNELS_GEMM is 'mine', but must be one of 'auto', 'vendor', 'own'" in result.stdout
 
 
 @pytest.mark.native
-def test_doctor_survives_an_instruction_set_that_is_not_there(environment):
-    result = kdkernels(environment | {"KDKERNELS_ISA": "sve"}, "doctor")
+def test_doctor_survives_an_instruction_set_that_is_not_there(kdkernels):
+    result = kdkernels("doctor", KDKERNELS_ISA="sve")
     assert "sve" in result.stdout
     assert "Traceback" not in result.stderr
     assert "self-check: ok     projection_alignment_loss reference direct" in result.stdout
@@ -101,7 +111,7 @@ def test_doctor_survives_an_instruction_set_that_is_not_there(environment):
 
 def test_doctor_says_how_to_mend_a_missing_module(environment, package_without_module):
     elsewhere = environment | {"PYTHONPATH": str(package_without_module)}
-    result = kdkernels(elsewhere, "doctor", cwd=package_without_module)
+    result = alone(elsewhere, "doctor", cwd=package_without_module)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "compiled module: missing" in result.stdout
     assert "undefined symbol: _ZTV" in result.stdout
@@ -129,30 +139,34 @@ def test_doctor_prints_what_it_could_not_find_out(monkeypatch, capsys):
 # ---- validate
 
 
-def test_validate_json(environment):
-    result = kdkernels(environment, "validate", "--quick", "--backend", "reference", "--json")
-    report = json.loads(result.stdout)
-    assert result.returncode == 0
+def test_validate_json(capsys):
+    code = main(["validate", "--quick", "--backend", "reference", "--json"])
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert code == 0
     assert report["ok"] is True
     assert {(r["dtype"], r["variant"]) for r in report["results"]} >= {("float32", "mse"), ("bfloat16", "angular")}
     deviation = report["results"][0]["deviations"][0]
     assert deviation.keys() == {"name", "error", "budget", "ok"}
     assert {d["name"] for d in report["results"][0]["deviations"]} >= {"loss", "grad student", "grad teacher_proj"}
-    assert "lora_linear: 0 checks, 0 failed; now reference eager cpu" in result.stderr  # a sign of life, said at once
+    assert "lora_linear: 0 checks, 0 failed; now reference eager cpu" in printed.err  # a sign of life, said at once
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("products", ["own", "vendor"])
-@pytest.mark.parametrize("isa", (*BF16_ISAS, *ISAS))
-def test_validate_native(environment, isa, products):
-    """Every path that this machine can run, whichever it would take by itself."""
-    if isa not in _native.module().isas():
-        pytest.skip(f"this CPU or build has no {isa}")
-    path = {"KDKERNELS_ISA": isa, "KDKERNELS_GEMM": products}
+@pytest.mark.parametrize("isa", (*BF16_ISAS, *ISAS), indirect=True)
+def test_validate_native(isa, products, monkeypatch, capsys):
+    """Every path that this machine can run, whichever it would take by itself.
+
+    In this process, so that what float64 and eager PyTorch say of a case is asked once for all paths; that a path is
+    forced by KDKERNELS_ISA and KDKERNELS_GEMM, `doctor` says above.
+    """
+    monkeypatch.setattr(gemm, "FORCED", products)
     only = ("--op", "lora_linear") if products == "vendor" else ()
-    result = kdkernels(environment | path, "validate", "--backend", "native", *only)
-    assert result.returncode == 0, result.stdout
-    assert " 0 failed" in result.stdout
+    code = main(["validate", "--backend", "native", *only])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert " 0 failed" in printed
 
 
 def test_one_check_of_each_kind_comes_first():
@@ -168,8 +182,8 @@ def test_one_check_of_each_kind_comes_first():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton is validated")
-def test_validate_lists_what_it_could_not_validate(environment):
-    result = kdkernels(environment, "validate", "--quick", "--backend", "triton", "--json")
+def test_validate_lists_what_it_could_not_validate(kdkernels):
+    result = kdkernels("validate", "--quick", "--backend", "triton", "--json")
     report = json.loads(result.stdout)
     assert result.returncode == 1  # nothing was validated
     assert report["not_validated"][0]["backend"] == "triton"
@@ -189,9 +203,9 @@ def test_validate_fails_on_a_wrong_result(monkeypatch, capsys, fault):
 # ---- bench
 
 
-def test_bench_writes_json_and_a_picture(environment, tmp_path):
+def test_bench_writes_json_and_a_picture(kdkernels, tmp_path):
     paths = ["--json", str(tmp_path / "a" / "bench.json"), "--png", str(tmp_path / "bench.png")]
-    result = kdkernels(environment, "bench", "--quick", "--case", CASE, "--threads", "1", *paths)
+    result = kdkernels("bench", "--quick", "--case", CASE, "--threads", "1", *paths)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "--quick: sizes too small" in result.stdout
     report = json.loads((tmp_path / "a" / "bench.json").read_text())
@@ -205,8 +219,8 @@ def test_bench_writes_json_and_a_picture(environment, tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_lists_the_cases_when_none_matches(environment):
-    result = kdkernels(environment, "bench", "--case", "no such case")
+def test_bench_lists_the_cases_when_none_matches(kdkernels):
+    result = kdkernels("bench", "--case", "no such case")
     assert result.returncode == 2
     assert "'no such case'" in result.stderr and "cosine, D=4096" in result.stderr
 
@@ -282,9 +296,9 @@ def test_what_counts_as_a_number():
 
 
 @pytest.mark.native
-def test_host_overhead_has_every_operator(environment, tmp_path):
+def test_host_overhead_has_every_operator(kdkernels, tmp_path):
     path = tmp_path / "host.json"
-    result = kdkernels(environment, "host-overhead", "--rounds", "1", "--json", str(path))
+    result = kdkernels("host-overhead", "--rounds", "1", "--json", str(path))
     assert result.returncode == 0, result.stderr
     rows = json.loads(path.read_text())["results"]
     assert {row["op"].removesuffix("_group") for row in rows} == set(SUITES)
@@ -293,8 +307,8 @@ def test_host_overhead_has_every_operator(environment, tmp_path):
     assert directions == {"forward", "forward and backward"}
 
 
-def test_host_overhead_refuses_no_rounds(environment):
-    result = kdkernels(environment, "host-overhead", "--rounds", "0")
+def test_host_overhead_refuses_no_rounds(kdkernels):
+    result = kdkernels("host-overhead", "--rounds", "0")
     assert result.returncode != 0 and "--rounds is 0, but must be at least 1" in result.stderr
 
 

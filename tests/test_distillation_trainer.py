@@ -1,8 +1,5 @@
 """DistillationTrainer against plain PyTorch on the models' own logits."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -321,8 +318,8 @@ def test_the_order_of_a_seq2seq_models_start_token_is_its_own():
     assert model.decoded({"labels": labels}, {"decoder_input_ids": labels}) == {"decoder_input_ids": labels}
 
 
-def test_transformers_is_imported_only_here(environment):
+def test_transformers_is_imported_only_here(python, environment):
     program = "import sys, kdkernels; assert 'transformers' not in sys.modules"
     program += "; sys.modules['transformers'] = None; import kdkernels.integrations.transformers"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = python(environment, "-c", program)
     assert "pip install kdkernels[transformers]" in done.stderr

@@ -1,8 +1,6 @@
 """DistillationTrainer over many steps: accumulation, processes, checkpoints, evaluation."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -124,8 +122,8 @@ def test_evaluation_gives_the_loss_and_the_models_own_logits(name, trainer):
     assert found["eval_miss"] < 1e-4 and abs(found["eval_loss"] - expected) < 1e-4
 
 
-PROCESS = """
-import os, sys
+PROCESSES = """
+import os, socket, sys, traceback
 import torch
 from distilling import ALIGNED, Rows
 from language_models import LLAMA, batch, build
@@ -133,36 +131,55 @@ from transformers import TrainingArguments
 from kdkernels.integrations.transformers import Distillation, DistillationTrainer
 
 torch.set_num_threads(1)
-count = int(os.environ.get("WORLD_SIZE", 1))
-args = TrainingArguments(
-    sys.argv[1], report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=2, learning_rate=1e-2,
-    optim="sgd", max_grad_norm=0, per_device_train_batch_size=4 // count, train_sampling_strategy="sequential",
-    ddp_backend="gloo" if count > 1 else None,
-)
-trainer = DistillationTrainer(
-    build(LLAMA), args, teachers=build(LLAMA, 40, seed=1), train_dataset=Rows(batch(LLAMA, lengths=[9, 8, 3, 2])),
-    distillation=Distillation(alpha=0.5, **ALIGNED),
-)
-trainer.train()
-if args.process_index == 0:
-    torch.save(trainer.model.state_dict() | trainer.alignment.state_dict(), sys.argv[1] + "/trained.pt")
+
+def train(folder, count):
+    args = TrainingArguments(
+        folder, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=2, learning_rate=1e-2,
+        optim="sgd", max_grad_norm=0, per_device_train_batch_size=4 // count, train_sampling_strategy="sequential",
+        ddp_backend="gloo" if count > 1 else None,
+    )
+    trainer = DistillationTrainer(
+        build(LLAMA), args, teachers=build(LLAMA, 40, seed=1), train_dataset=Rows(batch(LLAMA, lengths=[9, 8, 3, 2])),
+        distillation=Distillation(alpha=0.5, **ALIGNED),
+    )
+    assert args.world_size == count
+    trainer.train()
+    if args.process_index == 0:
+        torch.save(trainer.model.state_dict() | trainer.alignment.state_dict(), folder + "/trained.pt")
+
+def start(folder, count, **variables):
+    child, code = os.fork(), 1
+    if child:
+        return child
+    try:
+        os.environ.update(variables)
+        train(folder, count)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+one, two = sys.argv[1:]
+with socket.create_server(("localhost", 0)) as free:
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+children = [start(one, 1), *(start(two, 2, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01")]
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
-def test_two_processes_train_as_one(environment, tmp_path):
+def test_two_processes_train_as_one(python, environment, tmp_path):
     """Rows of unequal length in each: the mean is over the tokens of both, and projections stay the same in both."""
-    script, root = tmp_path / "process.py", Path(__file__).parents[1]
-    script.write_text(PROCESS)
+    script, root = tmp_path / "processes.py", Path(__file__).parents[1]
+    script.write_text(PROCESSES)
     environment["PYTHONPATH"] = f"{root}:{root / 'tests'}"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = []
-    for name, how in (("one", []), ("two", launch)):
-        (tmp_path / name).mkdir()
-        done = subprocess.run(
-            [sys.executable, *how, str(script), str(tmp_path / name)], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(torch.load(tmp_path / name / "trained.pt"))
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    done = python(environment, script, *folders)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [torch.load(folder / "trained.pt") for folder in folders]
     for key, x in found[0].items():
         torch.testing.assert_close(found[1][key], x, rtol=1e-5, atol=1e-6, msg=key)
 

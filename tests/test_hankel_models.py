@@ -1,7 +1,5 @@
 """What is asked for by name: explanations, backends and options of the operators on state-space models."""
 
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -120,10 +118,9 @@ def test_a_horizon_beyond_an_int_is_named():
 
 
 @pytest.mark.native
-def test_the_plot_of_errors_can_be_drawn_again(tmp_path):
+def test_the_plot_of_errors_can_be_drawn_again(tmp_path, python, environment):
     script = Path(__file__).parent.parent / "benchmarks" / "hankel_accuracy.py"
-    command = [sys.executable, str(script), "--order", "4", "--out", str(tmp_path / "folder")]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = python(environment, script, "--order", 4, "--out", tmp_path / "folder", check=True).stdout
     assert (tmp_path / "folder" / "hankel_accuracy.png").stat().st_size > 10_000
     ours = [line for line in printed.splitlines() if "kdkernels" in line]
     assert len(ours) == 6 and all("4 of 4 within 10 %" in line for line in ours), printed

@@ -158,7 +158,7 @@ def test_ctrl_c_can_be_resumed(uninterrupted, cache, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_parent(uninterrupted, cache, tmp_path, how):
     arguments = (*SHORT[:-2], "--teacher-steps", 2000, "--workers", 2, "--out", tmp_path, "--cache", cache)
-    process = start(*arguments, experiment="speech")
+    process = start(*arguments, experiment="speech", alone=True)
     log = tmp_path / "metrics" / f"{TASKS[1]}.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.05)

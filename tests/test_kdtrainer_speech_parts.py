@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 import wave
@@ -39,7 +38,7 @@ def cache(tmp_path_factory):
 # Utterances
 
 
-def test_an_utterance_is_the_same_after_others_and_in_another_process():
+def test_an_utterance_is_the_same_after_others_and_in_another_process(python):
     """Random voices included: espeak-ng seeds itself by the time."""
     others = [synthesis.Utterance("left right", "en", name, 150, 50, None, 0.0, 0) for name in ("f2", "caleb", "Reed")]
     first = [synthesis.render(each)[0] for each in (UTTERANCE, *others)]
@@ -51,8 +50,7 @@ def test_an_utterance_is_the_same_after_others_and_in_another_process():
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     time.sleep(1.1)  # another time, in seconds
-    command = [sys.executable, "-c", code, repr([UTTERANCE, *others])]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    found = python(environment, "-c", code, [UTTERANCE, *others], check=True).stdout.split()
     assert found == [hashlib.sha256(each.tobytes()).hexdigest() for each in first]
 
 

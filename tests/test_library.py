@@ -1,8 +1,5 @@
 """Operators with torch.library and without it: when which, and that it makes no difference."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,7 +44,7 @@ def test_both_ways_give_the_same():
 
 
 @pytest.mark.native
-def test_first_gradients_do_not_import_the_compiler(environment):
+def test_first_gradients_do_not_import_the_compiler(python, environment):
     """Seconds, which a call that nothing watches need not wait for."""
     program = (
         "import sys, torch, kdkernels as kd; x = torch.eye(3, requires_grad=True); "
@@ -55,7 +52,7 @@ def test_first_gradients_do_not_import_the_compiler(environment):
         "kd.svdvals(x).sum().backward(); kd.hankel_singular_values(torch.full((3,), 0.5), x, x).sum().backward(); "
         "assert 'torch._dynamo' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    python(environment, "-c", program, check=True)
 
 
 @pytest.mark.native

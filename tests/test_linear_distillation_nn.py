@@ -1,8 +1,6 @@
 """LinearDistillation and head_of against the modules themselves, which make logits."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -335,8 +333,8 @@ def test_pefts_layers_that_a_head_cannot_say_are_refused(peft, options, change, 
         head_of(model.base_model.model[0])
 
 
-def test_peft_is_not_needed(environment):
+def test_peft_is_not_needed(python, environment):
     program = (
         "import sys; sys.modules['peft'] = None; import torch, kdkernels as kd; kd.nn.head_of(torch.nn.Linear(2, 3))"
     )
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    python(environment, "-c", program, check=True)

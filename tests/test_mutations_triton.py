@@ -8,6 +8,10 @@ from conftest import ROOT
 from mutations import DISTILLATION_TRITON, LORA_TRITON, RECURRENCE_TRITON, TRITON, TRITON_KERNELS
 from validating import check_noticed, check_passes, mutate, only, validator
 
+from kdkernels.testing import SUITES
+
+UNTOUCHED = ("triton", "kdkernels.cli.validate", *SUITES.values())  # what no mistake is put into, nor imports a kernel
+
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
@@ -15,7 +19,7 @@ def interpreted(tmp_path_factory):
     pytest.importorskip("triton")
     tree = tmp_path_factory.mktemp("interpreted")
     shutil.copytree(ROOT / "kdkernels", tree / "kdkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    with validator(tree, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore") as validate:
+    with validator(tree, *UNTOUCHED, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore") as validate:
         yield tree, lambda *options: validate("--backend", "triton", *options)
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -450,8 +448,8 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(compiled(x), layer.base_layer(x))
 
 
-def test_peft_is_imported_only_here(environment):
+def test_peft_is_imported_only_here(python, environment):
     program = "import sys, kdkernels; assert 'peft' not in sys.modules"
     program += "; sys.modules['peft'] = None; import kdkernels.integrations.peft"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = python(environment, "-c", program)
     assert "pip install kdkernels[peft]" in done.stderr

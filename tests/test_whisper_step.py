@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -245,7 +243,7 @@ def test_missing_packages_are_named_with_their_extra(monkeypatch, capsys):
     assert capsys.readouterr().err == message
 
 
-def test_digits_needs_neither_transformers_nor_peft():
+def test_digits_needs_neither_transformers_nor_peft(python, environment):
     program = "import sys; sys.modules['peft'] = sys.modules['transformers'] = None; import kdtrainer.digits"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, check=True)
+    python(environment | {"PYTHONPATH": paths}, "-c", program, check=True)

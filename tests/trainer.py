@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import shared
 
 import kdkernels as kd
 from kdtrainer import checkpoint, cli
@@ -31,12 +32,15 @@ def one_thread():
     torch.use_deterministic_algorithms(deterministic)
 
 
-def start(*arguments, experiment="digits", driver=()):
-    """`driver`: what Python runs instead of kdtrainer itself."""
+def start(*arguments, experiment="digits", driver=(), alone=False):
+    """`driver`: what Python runs instead of kdtrainer itself. A fork of one that has imported torch, or `alone`."""
     root = Path(__file__).parents[1]
     paths = os.pathsep.join([str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, *(driver or ("-m", "kdtrainer")), experiment, *map(str, arguments)]
+    command = [*(driver or ("-m", "kdtrainer")), experiment, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    if not alone:
+        return shared()(environment, *command, cwd=Path.cwd())
+    command = [sys.executable, *command]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

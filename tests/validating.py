@@ -1,59 +1,28 @@
 """`validate` of a copy of the package in which a kernel is made wrong on purpose, one at a time."""
 
-import json
 import re
-import subprocess
-import sys
 from contextlib import contextmanager
 
-from conftest import environment_of
+from forks import environment_of, finished, forking
 
 VALIDATE = ("validate", "--quick", "--exitfirst")
 FAILED = re.compile(r"\b[1-9]\d* failed")
 
-# Importing torch takes longer than finding most mistakes: it is imported once, and each validation runs in a fork.
-FORKS = """
-import json, os, sys, tempfile, traceback
-import torch
-
-for line in sys.stdin:
-    with tempfile.TemporaryFile("w+") as printed:
-        child = os.fork()
-        if child == 0:
-            code = 2
-            try:
-                os.dup2(printed.fileno(), 1)
-                os.dup2(printed.fileno(), 2)
-                from kdkernels.__main__ import main
-                code = main(json.loads(line))
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        printed.seek(0)
-        print(json.dumps([code, printed.read()]), flush=True)
-"""
-
 
 @contextmanager
-def validator(tree, **environment):
-    """`python -m kdkernels validate` in the tree, as a function of its options that returns its code and its print."""
+def validator(tree, *modules, **environment):
+    """`python -m kdkernels validate` in the tree, as a function of its options that returns its code and its print.
+
+    Each time in a fork of a process that has imported these modules: it takes longer than finding most mistakes.
+    """
     environment = environment_of(tree) | {"PYTHONDONTWRITEBYTECODE": "1"} | environment
-    command = [sys.executable, "-c", FORKS]
-    with subprocess.Popen(
-        command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with forking(environment, *modules, cwd=tree) as start:
 
         def validate(*options):
-            process.stdin.write(json.dumps([*VALIDATE, *options]) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
+            done = finished(start(environment, "-m", "kdkernels", *VALIDATE, *options, cwd=tree))
+            return done.returncode, done.stdout + done.stderr
 
         yield validate
-        process.stdin.close()
 
 
 def mutate(tree, mutation):

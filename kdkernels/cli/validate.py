@@ -91,12 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
 def validate(op: str, backend: str | None, quick: bool, exitfirst: bool) -> list[Result]:
     """Run the checks of one operator; a check that raises has failed, the others still run."""
     results: list[Result] = []
+    failed = 0
     progress = Progress()
     found = [check for check in checks(op, quick) if backend in (None, check.backend)]
     for check in spread_out(found) if exitfirst else found:
         dtype = str(check.dtype).removeprefix("torch.")
         row = (check.op, check.backend, check.method, check.device, dtype, check.variant, check.case)
-        failed = sum(not result.ok for result in results)
         progress.show(f"{op}: {len(results)} checks, {failed} failed; now {' '.join(filter(None, row[1:]))}")
         deviations, failure = (), None
         try:
@@ -105,7 +105,8 @@ def validate(op: str, backend: str | None, quick: bool, exitfirst: bool) -> list
         except Exception as error:  # whatever a broken kernel raises is a finding, and the rest must still be checked
             failure = f"{type(error).__name__}: {error}"
         results.append(Result(*row, deviations, failure))
-        if exitfirst and not results[-1].ok:
+        failed += not results[-1].ok
+        if exitfirst and failed:
             break
     progress.clear()
     return results

@@ -105,14 +105,17 @@ def deviations(outcome: Outcome, exact: Outcome, yardstick: dict[str, float]) ->
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within the block `torch.empty` and its like return NaN, so that reading what nobody wrote shows."""
+    """Within the block `torch.empty` and its like return NaN, so that reading what nobody wrote shows.
+
+    `torch.use_deterministic_algorithms` would import torch's compiler, to tell it too: two seconds of every process.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling: Any = torch.utils.deterministic  # a module with properties, which type checkers do not see
     filled = filling.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     filling.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
         filling.fill_uninitialized_memory = filled
