@@ -1,6 +1,8 @@
 # ruff: noqa: E501  one row of the table is one line
 """One mistake for each kernel: (file, what it says, what it would wrongly say). `validate` must notice every one.
 
+Where the cases that come first do not show it, the mistake names one that does, and the others are not run before it.
+
 A text that no longer occurs exactly once fails its test: whoever changes a kernel moves its mistake along.
 """
 
@@ -14,6 +16,7 @@ class Mutation(NamedTuple):
     file: str
     right: str
     wrong: str
+    case: str = "*"
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -54,7 +57,7 @@ OPS |= dict.fromkeys((RECURRENCE, LRU_BLOCK, PARTIAL, RECURRENCE_TRITON), ("line
 TRITON_KERNELS = [
     Mutation("_load", TRITON, "in_row = cols < D", "in_row = cols < D - 1"),
     Mutation("_store", TRITON, "x = tl.where(counts[:, None], x, 0.0).to(", "x = (1.01 * x).to("),
-    Mutation("_weights", TRITON, "return w * scale, w != 0", "return w * scale, w > 0"),
+    Mutation("_weights", TRITON, "return w * scale, w != 0", "return w * scale, w > 0", "frozen teacher, signed weights"),
     Mutation("_inverse_norm", TRITON, "1.0 / tl.sqrt_rn(square))", "1.001 / tl.sqrt_rn(square))"),
     Mutation("_loss_and_slope", TRITON, "loss = tl.where(negative, 2.0 - h, h)", "loss = h"),
     Mutation("projection_alignment_direct_kernel", TRITON, "slope = 2.0 * w / D", "slope = w / D"),
@@ -66,31 +69,31 @@ TRITON_KERNELS = [
     Mutation("lora_linear_project_kernel", LORA_TRITON, "N, RANKS[k], totals[k] * scales[k])", "N, RANKS[k], totals[k])"),
     Mutation("lora_linear_reduce_kernel", LORA_TRITON, "m = _tile(m_ptrs[k], ranks, rows, 1, RANKS[k], RANKS[k], N)", "m = _tile(m_ptrs[k], ranks, rows, 1, RANKS[k], RANKS[k], N - 1)"),
     Mutation("lora_linear_adapter_kernel", LORA_TRITON, "s = _tile(s_ptr, rows, ranks, RANK, 1, N, RANK) * scale", "s = _tile(s_ptr, rows, ranks, RANK, 1, N, RANK)"),
-    Mutation("lora_linear_expand_kernel", LORA_TRITON, "added = total + _masked(added, states_ptr, PLACES[k], thresholds[k], rows, first_col)", "added = total + _masked(added, states_ptr, PLACES[k], thresholds[k], rows, 0)"),
+    Mutation("lora_linear_expand_kernel", LORA_TRITON, "added = total + _masked(added, states_ptr, PLACES[k], thresholds[k], rows, first_col)", "added = total + _masked(added, states_ptr, PLACES[k], thresholds[k], rows, 0)", "blocks"),
     Mutation("lora_linear_sum_kernel", LORA_TRITON, "rows = step * BLOCK_N + tl.arange(0, BLOCK_N)", "rows = step * BLOCK_N + tl.arange(0, BLOCK_N) // 2 * 2"),
     Mutation("_log_one_plus", DISTILLATION_TRITON, "return 2.0 * s *", "return 2.001 * s *"),
     Mutation("_log_add", DISTILLATION_TRITON, "low, high + _log_one_plus(tl.exp(low - high))", "low, high + tl.exp(low - high)"),
-    Mutation("_tanh", DISTILLATION_TRITON, "near, tl.where(x < 0, -far, far))", "near, far)"),
+    Mutation("_tanh", DISTILLATION_TRITON, "near, tl.where(x < 0, -far, far))", "near, far)", "wide"),
     Mutation("_logits", DISTILLATION_TRITON, "x *= scale", ""),
-    Mutation("_shared", DISTILLATION_TRITON, "other=0.0) == 0, x, _NONE)", "other=0.0) == 0, x, x)"),
-    Mutation("_add_exponential", DISTILLATION_TRITON, "total * e + 1.0, total + e)", "total + 1.0, total + e)"),
-    Mutation("_add_apart", DISTILLATION_TRITON, "kept * (apart + sums_p * moved))", "kept * apart)"),
+    Mutation("_shared", DISTILLATION_TRITON, "other=0.0) == 0, x, _NONE)", "other=0.0) == 0, x, x)", "mapped"),
+    Mutation("_add_exponential", DISTILLATION_TRITON, "total * e + 1.0, total + e)", "total + 1.0, total + e)", "wide"),
+    Mutation("_add_apart", DISTILLATION_TRITON, "kept * (apart + sums_p * moved))", "kept * apart)", "wide"),
     Mutation("_over_lanes", DISTILLATION_TRITON, "tl.sum(totals * tl.exp((tops - top) * factor), 0)", "tl.sum(totals, 0)"),
-    Mutation("_softmax_of_row", DISTILLATION_TRITON, "_shared(x, excluded_ptr, cols, V), factor)", "x, factor)"),
-    Mutation("_target", DISTILLATION_TRITON, "x = (x - top) * factor + (offset - tl.log(total))", "x = (x - top) * factor + offset"),
+    Mutation("_softmax_of_row", DISTILLATION_TRITON, "_shared(x, excluded_ptr, cols, V), factor)", "x, factor)", "mapped"),
+    Mutation("_target", DISTILLATION_TRITON, "x = (x - top) * factor + (offset - tl.log(total))", "x = (x - top) * factor + offset", "three teachers"),
     Mutation("_element", DISTILLATION_TRITON, "slope = tl.where(q == 0, 0.0, log_q - log_p)", "slope = tl.where(q == 0, 0.0, log_p - log_q)"),
-    Mutation("linear_distillation_absorb_kernel", DISTILLATION_TRITON, "None if FIRST else mixture_ptr", "None"),
+    Mutation("linear_distillation_absorb_kernel", DISTILLATION_TRITON, "None if FIRST else mixture_ptr", "None", "three teachers"),
     Mutation("linear_distillation_diverge_kernel", DISTILLATION_TRITON, "gradient *= (1.0 - u) * (1.0 + u)", "gradient *= 1.0 - u"),
     Mutation("_read", RECURRENCE_TRITON, "re, im = tl.split(both)", "im, re = tl.split(both)"),
     Mutation("_write", RECURRENCE_TRITON, "both = tl.join(re, im)", "both = tl.join(re, re)"),
     Mutation("_step", RECURRENCE_TRITON, "im = u_im + a_re * x_im + a_im * x_re", "im = u_im + a_re * x_im"),
-    Mutation("_factor", RECURRENCE_TRITON, "lanes % n if SHARED else lanes, mask", "lanes % n, mask"),
+    Mutation("_factor", RECURRENCE_TRITON, "lanes % n if SHARED else lanes, mask", "lanes % n, mask", "own λ, initial state, reverse"),
     Mutation("_rows", RECURRENCE_TRITON, "+ time) * n + lanes % n, -n if", "+ time) * n + lanes * 0, -n if"),
     Mutation("_tile", RECURRENCE_TRITON, "mask & (first + k < stop), COMPLEX)\n    return", "mask & (first + k < stop - 1), COMPLEX)\n    return"),
-    Mutation("_scan", RECURRENCE_TRITON, "(re != 0) | (im != 0) if CARRY", "(re == 0) | (im == 0) if CARRY"),
-    Mutation("_before", RECURRENCE_TRITON, "count + lanes, count, mask, chunk * 0 + 1, chunk,", "count + lanes, count, mask, chunk * 0 + 1, chunk - 1,"),
-    Mutation("linear_recurrence_ends_kernel", RECURRENCE_TRITON, "while step < length:", "while step < length - 1:"),
-    Mutation("linear_recurrence_scan_kernel", RECURRENCE_TRITON, "there, False, COMPLEX, STEPS)", "chunk > 0, False, COMPLEX, STEPS)"),
+    Mutation("_scan", RECURRENCE_TRITON, "(re != 0) | (im != 0) if CARRY", "(re == 0) | (im == 0) if CARRY", "cut in time"),
+    Mutation("_before", RECURRENCE_TRITON, "count + lanes, count, mask, chunk * 0 + 1, chunk,", "count + lanes, count, mask, chunk * 0 + 1, chunk - 1,", "cut in time"),
+    Mutation("linear_recurrence_ends_kernel", RECURRENCE_TRITON, "while step < length:", "while step < length - 1:", "cut in time"),
+    Mutation("linear_recurrence_scan_kernel", RECURRENCE_TRITON, "there, False, COMPLEX, STEPS)", "chunk > 0, False, COMPLEX, STEPS)", "own λ, initial state, reverse"),
     Mutation("linear_recurrence_backward_kernel", RECURRENCE_TRITON, "sum_im += part_im.to(tl.float64)", "sum_im = part_im.to(tl.float64)"),
     Mutation("_against", RECURRENCE_TRITON, "im = sum_im + g_im * h_re - g_re * h_im", "im = sum_im - g_im * h_re + g_re * h_im"),
     Mutation("linear_recurrence_sum_kernel", RECURRENCE_TRITON, "row = (group * STEPS + step) * BLOCK_N + ", "row = group * STEPS * BLOCK_N + "),

@@ -152,6 +152,16 @@ def test_validate_json(capsys):
     assert "lora_linear: 0 checks, 0 failed; now reference eager cpu" in printed.err  # a sign of life, said at once
 
 
+def test_validate_only_some_cases(capsys):
+    arguments = ["validate", "--backend", "reference", "--op", "lora_linear", "--json"]
+    assert main([*arguments, "--case", "only*"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {r["case"] for r in report["results"]} == {
+        f"only {x}" for x in ("the input", "lora_A", "lora_B", "the bias")
+    }
+    assert main([*arguments, "--case", "none"]) == 1  # nothing was validated
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("products", ["own", "vendor"])
 @pytest.mark.parametrize("isa", (*BF16_ISAS, *ISAS), indirect=True)
@@ -195,7 +205,7 @@ def test_validate_fails_on_a_wrong_result(monkeypatch, capsys, fault):
     suite("projection_alignment_loss")  # the oracle is bound to the definition before that is made wrong
     honest = api.reference.weighted_losses
     monkeypatch.setattr(api.reference, "weighted_losses", lambda *a, **k: fault(honest(*a, **k)))
-    options = Namespace(op=None, backend="reference", quick=True, json=False, exitfirst=True)
+    options = Namespace(op=None, backend="reference", quick=True, case="*", json=False, exitfirst=True)
     assert validation.run(options) == 1
     assert "FAILED" in capsys.readouterr().out
 

@@ -35,8 +35,8 @@ def mutate(tree, mutation):
 
 
 def only(mutation):
-    """The checks of the operators that the mutated file belongs to."""
-    return [option for op in mutation.ops for option in ("--op", op)]
+    """The checks of the operators that the mutated file belongs to, of the case where the mistake shows."""
+    return ["--case", mutation.case, *(option for op in mutation.ops for option in ("--op", op))]
 
 
 def check_passes(result):

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from time import monotonic
 from typing import Any
 
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `validate`."""
     parser.add_argument("--op", choices=names(), action="append", help="only this operator or family (repeatable)")
     parser.add_argument("--backend", choices=BACKENDS[1:], help="only this backend")
+    parser.add_argument("--case", default="*", help="only cases whose name matches this pattern, such as 'blocks*'")
     parser.add_argument("--quick", action="store_true", help="the cases that tell most")
     parser.add_argument(
         "-x",
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     ops = [op for name in arguments.op or SUITES for op in operators(name)]
     results: list[Result] = []
     for op in ops:
-        results += validate(op, arguments.backend, arguments.quick, arguments.exitfirst)
+        results += validate(op, arguments.backend, arguments.quick, arguments.exitfirst, arguments.case)
         if arguments.exitfirst and not all(result.ok for result in results):
             break
     skipped = [
@@ -88,12 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def validate(op: str, backend: str | None, quick: bool, exitfirst: bool) -> list[Result]:
+def validate(op: str, backend: str | None, quick: bool, exitfirst: bool, case: str = "*") -> list[Result]:
     """Run the checks of one operator; a check that raises has failed, the others still run."""
     results: list[Result] = []
     failed = 0
     progress = Progress()
-    found = [check for check in checks(op, quick) if backend in (None, check.backend)]
+    found = [check for check in checks(op, quick) if backend in (None, check.backend) and fnmatchcase(check.case, case)]
     for check in spread_out(found) if exitfirst else found:
         dtype = str(check.dtype).removeprefix("torch.")
         row = (check.op, check.backend, check.method, check.device, dtype, check.variant, check.case)
