@@ -103,8 +103,8 @@ def test_a_run_leaves_a_report_metrics_plots_and_a_table(everything):
     for name, found in models.items():
         for row in found:
             steps = [e["step"] for e in row["reductions"]] if name == "compressed" else []
-            assert set(row["spectra"]) == {f"{step}.0" for step in (*steps, STEPS)}
-            assert len(row["spectra"][f"{STEPS}.0"]) == row["states"][0]
+            assert set(row["spectra"]) == {"end.0", *(f"{step}.0" for step in steps)}
+            assert len(row["spectra"]["end.0"]) == row["states"][0]
             since = row["reductions"][-1] if row["reductions"] else {"clock": 0.0, "step": 1}
             rest = row["last_step"] * (STEPS + 1 - since["step"])
             trained = row["seconds"] - (row["reducing"] if name == "posthoc" else 0.0)

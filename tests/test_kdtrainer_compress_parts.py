@@ -79,7 +79,10 @@ def test_inputs_that_are_all_the_same_are_no_numbers_without_end(tmp_path):
     given = arrays(5) | {"x_train": np.full((6, 5), 7)}
     np.savez(tmp_path / "same.npz", **given)
     found = sequences.load(str(tmp_path / "same.npz"), 784)
-    assert not found.train.any()
+    assert not found.train.any() and found.test.isfinite().all()
+    np.savez(tmp_path / "one.npz", x_train=[[7]], y_train=[0], x_test=[[8]], y_test=[0])
+    found = sequences.load(str(tmp_path / "one.npz"), 784)
+    assert found.train.item() == 0 and found.test.item() == 1
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,7 @@ def test_inputs_that_are_all_the_same_are_no_numbers_without_end(tmp_path):
         ({"y_test": np.array([0, 1, -1, 1])}, "y_test of .* must hold whole numbers from 0 on"),
         ({"y_train": np.array([0, 1, 10**9, 1, 2, 0])}, "y_train of .* has the label 1000000000, but must have less"),
         ({"x_train": np.full((6, 5), 1e300)}, "x_train of .* holds numbers that are not finite"),
+        ({"x_train": np.full((6, 5), 3e38) * np.array([1, -1, 1, -1, 1])}, "x_train of .* cannot be scaled by x_train"),
     ],
 )
 def test_a_wrong_data_file_is_told_what_is_wrong(tmp_path, capsys, changes, message):

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
@@ -503,3 +504,34 @@ def test_backends_and_casts_that_cannot_serve():
     for dtype in (torch.bfloat16, torch.float16):
         with pytest.raises(TypeError, match=f"the parameters have dtype {dtype}"):
             LRU(H, n).to(dtype)(torch.ones(6, H))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("kind", [LRU, LRUBlock])
+def test_forward_mode_is_refused_and_not_lost(kind):
+    module, x = kind(3, 4), torch.randn(2, 5, 3)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="LRU has no forward-mode derivative on this backend; use backend='ref"):
+            module(forward_ad.make_dual(x, torch.ones_like(x)))
+        plain = kind(3, 4, backend="reference")
+        assert forward_ad.unpack_dual(plain(forward_ad.make_dual(x, torch.ones_like(x)))).tangent is not None
+
+
+def test_dropout_is_the_modules_own():
+    """On in evaluation, as for uncertainties; gone where it was replaced."""
+    model, x = LRUClassifier(3, 4, 5, 2, dropout=0.5).eval(), torch.randn(2, 6, 3)
+    assert torch.equal(model(x), model(x))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    assert not torch.equal(model(x), model(x))
+    model.train()
+    model.blocks[0].dropout = torch.nn.Identity()
+    assert torch.equal(model(x), model(x))
+
+
+def test_parameters_of_several_dtypes_are_refused():
+    layer = LRU(3, 4)
+    layer.B_re.data = layer.B_re.data.double()
+    with pytest.raises(TypeError, match=r"B_re has dtype torch\.float64, but D has torch\.float32"):
+        layer(torch.randn(2, 5, 3))

@@ -1,11 +1,13 @@
 """`kd.nn.truncate` and `keep_states`: certificate, ranks, what is stored, optimisers, errors."""
 
 import copy
+import math
 from math import pi
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import kdkernels as kd
 from kdkernels.nn import LRU, LRUClassifier, keep_states, truncate
@@ -657,3 +659,53 @@ def test_distributed_models_are_refused(tmp_path):
 def test_wrong_states_are_named(states, error, message):
     with pytest.raises(error, match=message):
         keep_states(classifier(), states=states)
+
+
+@pytest.mark.parametrize("how", ["parametrized", "pruned", "weight_norm", "tied"])
+def test_parameters_that_cannot_be_replaced_are_refused_before_anything_changes(how):
+    model = classifier()
+    lru = model.blocks[1].lru
+    if how == "parametrized":
+        parametrize.register_parametrization(lru, "B_re", nn.Identity())
+    elif how == "pruned":
+        prune.l1_unstructured(lru, "B_re", 0.5)
+    elif how == "weight_norm":
+        nn.utils.weight_norm(lru, "B_re")
+    else:
+        model.head.weight = lru.B_re
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {name: x.data_ptr() for name, x in model.named_parameters()}
+    message = "head.weight and blocks.1.lru.B_re are one parameter" if how == "tied" else "B_re is made of other param"
+    for change in (
+        lambda: truncate(model, optimizer, ranks=5),
+        lambda: keep_states(model, optimizer, states=[[0], [1]]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change()
+    assert before == {name: x.data_ptr() for name, x in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_parameters_are_refused(dtype):
+    with pytest.raises(TypeError, match=rf"blocks.0.lru: nu_log has dtype {dtype}, but must have"):
+        truncate(classifier().to(dtype), ranks=3)
+
+
+@pytest.mark.parametrize("moments", ["transport", "reset", "slice"])
+@pytest.mark.parametrize("kind", ["fused", "foreach"])
+def test_sgd_goes_on_whatever_becomes_of_its_momentum(moments, kind):
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, **{kind: True})
+    steps(model, optimizer)
+    truncate(model, optimizer, ranks=5, moments=moments)
+    assert all(map(math.isfinite, steps(model, optimizer)))
+
+
+def test_a_momentum_that_has_not_begun():
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    steps(model, optimizer)
+    optimizer.state[model.blocks[0].lru.B_re]["momentum_buffer"] = None
+    truncate(model, optimizer, ranks=5)
+    assert optimizer.state[model.blocks[0].lru.B_re]["momentum_buffer"] is None
+    assert all(map(math.isfinite, steps(model, optimizer)))

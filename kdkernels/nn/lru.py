@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from kdkernels.backend import BACKENDS, choose
@@ -22,7 +23,8 @@ PRECISIONS = (torch.float32, torch.float64)  # whose complex numbers torch compu
 class LRU(nn.Module):
     """A diagonal state-space layer: h_t = Λ h_{t−1} + γ ⊙ (B u_t), y_t = Re(C h_t) + D ⊙ u_t.
 
-    λ = exp(−exp(ν_log) + i exp(θ_log)) is stable whatever its parameters are. At first the λ are uniform on the ring
+    λ = exp(−exp(ν_log) + i exp(θ_log)) is stable whatever its parameters are (but for rounding: in float32 |λ| is 1
+    where ν_log is below −17). At first the λ are uniform on the ring
     from `min_radius` to `max_radius`, with phases uniform below `max_phase`, and γ = √(1 − |λ|²) makes all states
     equally large; B, C and D are normal. All parameters are real: what is complex has two (`B_re`, `B_im`).
 
@@ -142,6 +144,9 @@ class LRU(nn.Module):
             raise ValueError(f"initial_state has shape {show(start.shape)}, but must be {show((*leading, n))}")
         if dtype not in PRECISIONS:
             raise TypeError(f"the parameters have dtype {dtype}, but must have torch.float32 or torch.float64")
+        for name, parameter in self.named_parameters():
+            if parameter.dtype is not dtype:
+                raise TypeError(f"{name} has dtype {parameter.dtype}, but D has {dtype}: they must have one")
         u = input.to(dtype).reshape(prod(leading), *input.shape[-2:])
         start = None if start is None else start.to(dtype.to_complex()).reshape(prod(leading), n)
         B = torch.stack([self.B_re, self.B_im], 1) * self.gamma_log.exp().view(n, 1, 1)  # (n, 2, H)
@@ -203,6 +208,7 @@ class LRUBlock(nn.Module):
             )
             and all(part.weight.shape == shape for part, shape in shaped)
             and autocast_dtype(input) is None
+            and forward_ad._current_level < 0  # LRU says that it has no tangents
             and choose("linear_recurrence", self.lru.backend, "cpu", (input.dtype,)).backend == "native"
         )
 
@@ -211,7 +217,7 @@ class LRUBlock(nn.Module):
         return x if mask is None else x * mask
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        if not (self.training and self.dropout.p):
+        if not (isinstance(self.dropout, nn.Dropout) and self.dropout.training and self.dropout.p):
             return None
         return self.dropout(x.new_ones(*x.shape[:-2], 1, x.shape[-1]))
 

@@ -132,16 +132,19 @@ def transported(transport: Transport, states: States, options: dict[str, dict]) 
     shapes = {name: x.shape for name, x in transport.old.parameters.items()}
     moving = {name: state for name, state in states.items() if _is_known(state, shapes[name])}
 
+    def has(key: str) -> bool:
+        return any(isinstance(state.get(key), Tensor) for state in moving.values())
+
     def gather(key: str) -> Parts:
         """Entries of the states, 0 for parameters without one."""
         zero = {name: torch.zeros_like(x) for name, x in transport.old.parameters.items()}
-        return zero | {name: state[key].to(zero[name]) for name, state in moving.items() if key in state}
+        return zero | {name: state[key].to(zero[name]) for name, state in moving.items() if state.get(key) is not None}
 
-    means = {key: gather(key) for key in FIRST if any(key in state for state in moving.values())}
+    means = {key: gather(key) for key in FIRST if has(key)}
     new_means = {key: transport.first(m) for key, m in means.items()}
     found: dict[str, Parts] = dict(new_means)
     for key in SECOND:
-        if any(key in state for state in moving.values()):
+        if has(key):
             v = gather(key)
             mean = next((k for k in ("exp_avg", "grad_avg") if k in means), None)
             if mean is None:

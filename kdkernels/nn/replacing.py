@@ -33,7 +33,8 @@ def find_layers(model: object) -> list[Layer]:
 
     Raises:
         TypeError: the model is no module.
-        ValueError: it has none, or is DistributedDataParallel, or two of them share a parameter.
+        ValueError: it has none, or is DistributedDataParallel, or a parameter of theirs is another module's too, or is
+            made of others (parametrized, pruned).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, but must be a torch.nn.Module")
@@ -48,14 +49,28 @@ def find_layers(model: object) -> list[Layer]:
             )
         if isinstance(module, LRU):
             found.append(Layer(name, module))
-            for key, parameter in found[-1].parameters.items():
-                path = f"{name}.{key}" if name else key
-                if parameter in owners:
-                    raise ValueError(f"{path} and {owners[parameter]} are one parameter, but each layer needs its own")
+            for key in NAMES:
+                path, parameter = _path(name, key), module._parameters.get(key)
+                if parameter is None:
+                    raise ValueError(f"{path} is made of other parameters (parametrized, pruned), but must be one")
+                _check_owner(path, parameter, owners)
                 owners[parameter] = path
     if not found:
         raise ValueError(f"model is {type(model).__name__} without any kdkernels.nn.LRU, but must have at least one")
+    for name, module in whole.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not (isinstance(module, LRU) and key in NAMES):
+                _check_owner(_path(name, key), parameter, owners)
     return found
+
+
+def _path(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _check_owner(path: str, parameter: nn.Parameter, owners: dict[nn.Parameter, str]) -> None:
+    if parameter in owners:
+        raise ValueError(f"{path} and {owners[parameter]} are one parameter, but each layer needs its own")
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -81,7 +96,10 @@ def is_counter(value: object) -> bool:
 
 
 def fresh(optimizer: torch.optim.Optimizer, state: State, parameter: Tensor) -> State:
-    """The state of a parameter that has not been stepped yet: none, except Adagrad's, which makes it beforehand."""
+    """The state of a parameter that has not been stepped yet: none, except Adagrad's, which makes it beforehand, and
+    fused SGD's, which takes momentum of all parameters or of none."""
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused") and "momentum_buffer" in state:
+        return {"momentum_buffer": torch.zeros_like(parameter)}
     if not isinstance(optimizer, torch.optim.Adagrad):
         return {}
     start = optimizer.defaults["initial_accumulator_value"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdkernels import threads
 from kdkernels.contract import check_choice, check_count, is_whole
-from kdkernels.nn.lru import SMALLEST
+from kdkernels.nn.lru import PRECISIONS, SMALLEST
 from kdkernels.nn.moments import Basis, Transport, transported
 from kdkernels.nn.replacing import (
     Layer,
@@ -224,6 +224,10 @@ def _basis(layer: Layer) -> Basis:
     """The parameters in float64. Raises ValueError that names the layer where its system cannot be reduced."""
     where = layer.name or "model"
     for name, parameter in layer.parameters.items():
+        if parameter.dtype not in PRECISIONS:
+            raise TypeError(
+                f"{where}: {name} has dtype {parameter.dtype}, but must have torch.float32 or torch.float64"
+            )
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"{where}: {name} is not finite")
     basis = Basis({name: x.detach().double() for name, x in layer.parameters.items()})

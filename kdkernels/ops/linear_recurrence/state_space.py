@@ -42,6 +42,7 @@ def state_space(
         return composed(
             input, Lambda, B, C, initial_state, lambda *x: reference.linear_recurrence(x[0], x[1], x[2], False)
         )
+    backends.refuse_tangents("LRU", (x for x in (input, Lambda, B, C, initial_state) if x is not None))
     n = Lambda.shape[0]
     more = -n % (LINE // Lambda.itemsize) if n >= MANY else 0
     if more:

@@ -36,7 +36,7 @@ def spectra(row: Row, path: Path) -> None:
             axis.plot(places[:kept], values[:kept], color=colour, linewidth=1.8, label=label)
             axis.plot(places[kept - 1 :], values[kept - 1 :], color=colour, linewidth=1, linestyle=":")
         step = int(row.evaluations[-1]["step"])
-        end = row.spectra[f"{step}.{layer}"]
+        end = row.spectra[f"end.{layer}"]
         axis.plot(range(1, len(end) + 1), end, color=COLOURS[COMPRESSED], linewidth=1.8, label=f"step {step}, the last")
         axis.set(yscale="log", xlabel="state, in balanced order", title=f"Layer {layer}" if layers > 1 else "")
         axis.grid(alpha=0.25)

@@ -1,5 +1,6 @@
 """What `compress` tells: a table of all models over all seeds, report.md, and report.json, which both are made of."""
 
+import copy
 import dataclasses
 import statistics
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ class Row:
     last_step: float  # seconds of a step, on average from the last reduction on
     reductions: list[dict[str, Any]]
     evaluations: list[dict[str, float]]
-    spectra: dict[str, list[float]]  # Hankel singular values: "<step>.<layer>", after the last step too
+    spectra: dict[str, list[float]]  # Hankel singular values: "<step>.<layer>" before a reduction, "end.<layer>"
 
 
 def row(name: str, config: Config, trained: Trained) -> Row:
@@ -60,14 +61,15 @@ def row(name: str, config: Config, trained: Trained) -> Row:
         (p.seconds - last["clock"]) / (p.step - last["step"] + 1),
         p.reductions,
         p.evaluations,
-        {name: x.tolist() for name, x in (trained.spectra | spectra_of(model, p.step)).items()},
+        {name: x.tolist() for name, x in (trained.spectra | spectra_of(model)).items()},
     )
 
 
 @torch.no_grad()
-def spectra_of(model: LRUClassifier, step: int) -> dict[str, Tensor]:
-    Lambda, B, C = ([x.to(torch.complex128) for x in part] for part in systems_of(model))
-    return {f"{step}.{k}": x.cpu() for k, x in enumerate(kd.hankel_singular_values(Lambda, B, C))}
+def spectra_of(model: LRUClassifier) -> dict[str, Tensor]:
+    """Of the parameters in float64, as `kd.nn.truncate` forms them."""
+    found = kd.hankel_singular_values(*systems_of(copy.deepcopy(model).double()))
+    return {f"end.{k}": x.cpu() for k, x in enumerate(found)}
 
 
 def by_name(results: Sequence[Sequence[Row]]) -> dict[str, list[Row]]:

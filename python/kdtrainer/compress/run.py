@@ -53,6 +53,11 @@ def check(config: Config, options: Options) -> None:
         raise RunError(f"--reductions is {config.reductions}, but must be at most --steps, {config.steps}")
     if config.ranks is not None and config.ranks > config.states:
         raise RunError(f"--ranks is {config.ranks}, but must be at most --states, {config.states}")
+    if not 0 <= config.min_radius < config.max_radius <= 1:
+        raise RunError(
+            f"--min-radius is {config.min_radius} and --max-radius {config.max_radius}, but must be 0 or more, and "
+            "less than --max-radius, which is at most 1"
+        )
     if config.world > 1 and POSTHOC in options.compare:
         raise RunError("--compare posthoc runs in one process, not under torchrun")
 

@@ -149,11 +149,16 @@ def checked(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test:
     def labels_of(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.reshape(-1).astype(np.int64))
 
-    return standardised(sequences(x), labels_of(y), sequences(x_test), labels_of(y_test))
+    found = standardised(sequences(x), labels_of(y), sequences(x_test), labels_of(y_test))
+    for key, moved in (("x_train", found.train), ("x_test", found.test)):
+        if not bool(moved.isfinite().all()):
+            raise RunError(f"{key} of {name} cannot be scaled by x_train's mean and standard deviation")
+    return found
 
 
 def standardised(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Sequences:
-    """One mean and one scale for all inputs, of the training set alone."""
-    mean, scale = train.mean(), train.std().clamp_min(torch.finfo(train.dtype).tiny)
+    """One mean and one scale for all inputs, of the training set alone; no scale where its numbers are all the same."""
+    mean, deviation = train.mean(), train.std()
+    scale = torch.where(deviation > 0, deviation, 1)
     moved: list[Any] = [((x - mean) / scale) for x in (train, test)]
     return Sequences(moved[0], train_labels, moved[1], test_labels)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,8 @@ class Training:
                 stop = any(self.ranks.gather(interrupted()))
                 if self.log:
                     self.log.append(record)
-                    if step % checkpoint_every == 0 or step == steps or stop:
-                        self.save(self.log)
+                if step % checkpoint_every == 0 or step == steps or stop:
+                    self.ranks.led(self.save)
                 on_step(step, loss)
                 if stop:
                     raise Interrupted
@@ -189,10 +189,7 @@ class Training:
         """Take states away; the leading process decides. The seconds that it took."""
         assert self.task.reduce is not None
         start, before = time.perf_counter(), self.model.states
-        try:
-            found = self.task.reduce(self.model, self.optimizer, step) if self.ranks.leads else None
-        except ValueError as error:
-            raise self.diverged(step, f"no state can be taken away: {error}") from error
+        found = self.ranks.led(partial(self.decide, step))
         self.ranks.follow(self.model, self.optimizer, self.model.states, before)
         if self.model.states != before:
             self.wrapped = self.ranks.wrap(self.model)
@@ -207,6 +204,14 @@ class Training:
         self.update(states=self.model.states, reductions=[*self.progress.reductions, event])
         return event["seconds"]
 
+    def decide(self, step: int) -> kd.nn.Truncation | None:
+        """What the leading process takes away."""
+        assert self.task.reduce is not None
+        try:
+            return self.task.reduce(self.model, self.optimizer, step)
+        except ValueError as error:
+            raise self.diverged(step, f"no state can be taken away: {error}") from error
+
     def diverged(self, step: int, why: str) -> RunError:
         kept = f"the checkpoint in {self.path} is from before" if self.path.exists() else "there is no checkpoint"
         return RunError(f"{self.task.name}, step {step}: {why}. A smaller --learning-rate may help; {kept}")
@@ -214,11 +219,13 @@ class Training:
     def update(self, **changes: Any) -> None:
         self.progress = dataclasses.replace(self.progress, **changes)
 
-    def save(self, log: MetricsLog) -> None:
+    def save(self) -> None:
         """Metrics first: a checkpoint never counts on a line that is not on the disk. None is of a diverged model."""
+        if not self.log:
+            return
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise self.diverged(self.progress.step, "a parameter is not finite")
-        self.update(metrics_bytes=log.sync())
+        self.update(metrics_bytes=self.log.sync())
         checkpoint.save(self.path, self.model, self.optimizer, self.config, self.progress, self.spectra)
 
 
