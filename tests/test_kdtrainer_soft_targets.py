@@ -284,7 +284,7 @@ def test_nothing_to_distil_is_refused(tmp_path, capsys):
     "option, value, message",
     [
         *((option, "-1", "-1 is too small, must be at least 0") for option in ("--soft-targets", "--alignment-weight")),
-        *((option, "inf", "inf is too large, must be at most 3.4e+38") for option in ("--soft-targets", "--temperature")),
+        *((option, "inf", "inf is too large, must be at most") for option in ("--soft-targets", "--temperature")),
         *((option, "nan", "nan is too small") for option in ("--soft-targets", "--temperature")),
         ("--soft-targets", "all", "'all' is no number"),
         ("--temperature", "0", "0 is too small, must be above 0"),

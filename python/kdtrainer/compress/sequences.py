@@ -158,7 +158,7 @@ def checked(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test:
 
 def standardised(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Sequences:
     """One mean and one scale for all inputs, of the training set alone; no scale where its numbers are all the same."""
-    mean, deviation = train.mean(), train.std()
+    mean, deviation = train.mean(), train.std(correction=min(train.numel() - 1, 1))
     scale = torch.where(deviation > 0, deviation, 1)
     moved: list[Any] = [((x - mean) / scale) for x in (train, test)]
     return Sequences(moved[0], train_labels, moved[1], test_labels)
