@@ -158,8 +158,11 @@ def autocast_dtype(x: Any) -> torch.dtype | None:
     return None if device == "meta" or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
 
 
-def without_autocast() -> AbstractContextManager[Any]:
-    """On the CPU, for kernels: dtypes were settled before, and a backward may run under another autocast."""
+def without_autocast(x: Tensor | None = None) -> AbstractContextManager[Any]:
+    """On the device of x, or on the CPU, for kernels: dtypes were settled before, and a backward may run under another
+    autocast."""
+    if x is not None:
+        return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
     return torch.autocast("cpu", enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 

@@ -1,7 +1,6 @@
 """Linear recurrent units (Orvieto et al. 2023, arXiv 2303.06349), and a residual classifier of sequences from them."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from math import pi, prod
 from typing import Any
 
@@ -12,7 +11,15 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from kdkernels.backend import BACKENDS, choose
-from kdkernels.contract import autocast_dtype, check_choice, check_count, check_number, check_tensor, show
+from kdkernels.contract import (
+    autocast_dtype,
+    check_choice,
+    check_count,
+    check_number,
+    check_tensor,
+    show,
+    without_autocast,
+)
 from kdkernels.ops.linear_recurrence.block import MOST, mix, norm
 from kdkernels.ops.linear_recurrence.state_space import state_space
 
@@ -24,9 +31,9 @@ class LRU(nn.Module):
     """A diagonal state-space layer: h_t = Λ h_{t−1} + γ ⊙ (B u_t), y_t = Re(C h_t) + D ⊙ u_t.
 
     λ = exp(−exp(ν_log) + i exp(θ_log)) is stable whatever its parameters are (but for rounding: in float32 |λ| is 1
-    where ν_log is below −17). At first the λ are uniform on the ring
-    from `min_radius` to `max_radius`, with phases uniform below `max_phase`, and γ = √(1 − |λ|²) makes all states
-    equally large; B, C and D are normal. All parameters are real: what is complex has two (`B_re`, `B_im`).
+    where ν_log is below −17). At first the λ are uniform on the ring from `min_radius` to `max_radius`, with phases
+    uniform below `max_phase`, and γ = √(1 − |λ|²) makes all states equally large; B, C and D are normal. All parameters
+    are real: what is complex has two (`B_re`, `B_im`).
 
     Args:
         features: H, the inputs and the outputs of each step.
@@ -131,7 +138,7 @@ class LRU(nn.Module):
         check_tensor("input", input)
         if input.dim() < 2 or input.shape[-1] != H:
             raise ValueError(f"input has shape {show(input.shape)}, but must be (..., T, {H})")
-        with nullcontext() if autocast_dtype(input) is None else torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input):
             u, y, state = self._recur(input, initial_state)
             y = torch.addcmul(y, self.D, u).reshape(input.shape)
         return (y, state.reshape(*input.shape[:-2], self.states)) if return_state else y
@@ -144,8 +151,8 @@ class LRU(nn.Module):
             raise ValueError(f"initial_state has shape {show(start.shape)}, but must be {show((*leading, n))}")
         if dtype not in PRECISIONS:
             raise TypeError(f"the parameters have dtype {dtype}, but must have torch.float32 or torch.float64")
-        for name, parameter in self.named_parameters():
-            if parameter.dtype is not dtype:
+        for name, parameter in self._parameters.items():
+            if parameter is not None and parameter.dtype is not dtype:
                 raise TypeError(f"{name} has dtype {parameter.dtype}, but D has {dtype}: they must have one")
         u = input.to(dtype).reshape(prod(leading), *input.shape[-2:])
         start = None if start is None else start.to(dtype.to_complex()).reshape(prod(leading), n)

@@ -86,26 +86,37 @@ def write(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) 
 
 
 def prepare(out: Path, resume: bool, config: AnyConfig, field: str = "seed") -> int:
-    """Clear the folder for a fresh run, or check that it can go on; the bytes of metrics that are to be kept.
+    """`check` a run that goes on, `clear` the folder of a fresh one; the bytes of metrics that are to be kept."""
+    return check(out, config, field) if resume else clear(out)
+
+
+def clear(out: Path) -> int:
+    """Remove an earlier run; no bytes of metrics are to be kept. Raises RunError where a file is not ours to remove."""
+    found = _all_of(out)
+    for path in found:
+        if _is_foreign(path):
+            raise RunError(f"{path} is no checkpoint of kdtrainer, and a fresh run would remove it: give another --out")
+    for path in (*found, *(out / name for name in REPORTS)):
+        path.unlink(missing_ok=True)
+    return 0
+
+
+def check(out: Path, config: AnyConfig, field: str = "seed") -> int:
+    """The bytes of metrics that the checkpoints count on. Raises RunError where the run cannot go on.
 
     Checkpoints of several seeds are named by theirs: seed3-… must be of this config with 3 in its `field`.
     """
-    found = sorted((out / "checkpoints").glob("*.safetensors"))
-    if not resume:
-        for path in found:
-            if _is_foreign(path):
-                raise RunError(
-                    f"{path} is no checkpoint of kdtrainer, and a fresh run would remove it: give another --out"
-                )
-        for path in (*found, *(out / name for name in REPORTS)):
-            path.unlink(missing_ok=True)
-        return 0
+    found = _all_of(out)
     if not found:
         print(f"no checkpoint in {out}: the run starts from the beginning")
     for path in found:
         read(path)  # whole, before anything is written
         check_config(path, _of_its_seed(config, path, field))
     return max((value_of(path, "progress")["metrics_bytes"] for path in found), default=0)
+
+
+def _all_of(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("*.safetensors"))
 
 
 def _of_its_seed(config: Any, path: Path, field: str) -> Any:
@@ -179,7 +190,7 @@ def read(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise _damaged(path) from error
     metadata = _metadata(path)
-    if metadata.pop(DIGEST, None) != _digest(tensors, metadata) or value_of(path, NAME) != path.name:
+    if metadata.pop(DIGEST, None) != _digest(tensors, metadata) or metadata.get(NAME) != json.dumps(path.name):
         raise _damaged(path)
     return tensors
 

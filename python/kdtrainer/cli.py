@@ -12,7 +12,7 @@ import kdtrainer
 from kdtrainer.compress.cli import add_compress, compress
 from kdtrainer.config import BUDGET, TEACHERS, Config, StepConfig
 from kdtrainer.errors import RunError
-from kdtrainer.numbers import MOST_THREADS, number
+from kdtrainer.numbers import MOST_THREADS, number, threads
 from kdtrainer.recipe import fields_in
 from kdtrainer.speech.cli import add_speech, speech
 from kdtrainer.subspace.cli import add_subspace, subspace
@@ -202,7 +202,7 @@ def add_digits(experiments: Any) -> None:
     add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the losses and of LoRA")
     add("--compare", action="store_true", help="distil again by the reference backend; exit 1 if the two runs differ")
     add("--budget", type=number(float, 0.0), default=BUDGET, help="relative deviation that --compare allows")
-    add("--threads", type=number(int, 1, most=MOST_THREADS), default=d.threads, help="of torch; the models are small")
+    add("--threads", type=threads, default=d.threads, help="of torch; the models are small")
     add("--checkpoint-every", type=number(int, 1), default=50, metavar="STEPS", help="and at the end of each part")
 
 

@@ -15,6 +15,7 @@ from kdtrainer.distill import DISTILLED_BATCH, LABELLED_BATCH, TEACHER_BATCH, Mo
 from kdtrainer.errors import RunError
 from kdtrainer.progress import progress_bar
 from kdtrainer.ranks import Ranks, together
+from kdtrainer.recipe import check_distils
 from kdtrainer.serving import explanation, serving_backend
 from kdtrainer.train import fit
 
@@ -49,8 +50,7 @@ def run(config: Config, options: Options) -> bool:
         )
     if config.lora_rank and config.method == "gram":
         raise RunError("--method gram needs projections, and --lora-rank aligns logits without: must be auto or direct")
-    if not config.alignment_weight and not config.soft_targets:
-        raise RunError("--alignment-weight and --soft-targets are both 0, so nothing is distilled: one must be above 0")
+    check_distils(config.alignment_weight, config.soft_targets)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     digits = data.load(config.labels, config.seed_of("labels"))

@@ -29,6 +29,9 @@ def number(
     return parse
 
 
+threads = number(int, 1, most=MOST_THREADS)
+
+
 def fraction(text: str) -> float:
     """At least 0 and below 1."""
     value = number(float, 0.0)(text)

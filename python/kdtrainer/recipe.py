@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from kdtrainer.errors import RunError
 from kdtrainer.numbers import number
 
 Kind = TypeVar("Kind", bound="RunConfig")
@@ -42,6 +43,12 @@ def fields_in(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
     """The options that are fields of the dataclass `kind`."""
     names = {field.name for field in dataclasses.fields(kind)}
     return {name: value for name, value in vars(options).items() if name in names}
+
+
+def check_distils(alignment_weight: float, soft_targets: float) -> None:
+    """Raise RunError where neither counts."""
+    if not alignment_weight and not soft_targets:
+        raise RunError("--alignment-weight and --soft-targets are both 0, so nothing is distilled: one must be above 0")
 
 
 def quickly(parser: argparse.ArgumentParser, usual: Mapping[str, Any], quick: Mapping[str, Any]) -> Callable[..., None]:

@@ -1,6 +1,5 @@
 """Heads: what they are, that they fit, and what implementations see of them."""
 
-from contextlib import nullcontext
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.contract import Contract, autocast_dtype, show
+from kdkernels.contract import Contract, show, without_autocast
 from kdkernels.ops.linear_distillation.call import Side, accumulation_dtype
 
 LARGEST = 3.4e38  # of the numbers, which kernels read as float32
@@ -110,5 +109,5 @@ def side_of(x: Tensor, head: Head | None, N: int, cast: torch.dtype | None, weig
 def adapted(x: Tensor, head: Head, lora_A: Tensor) -> Tensor:
     """(N, r): scaling · x̂ Aᵀ of an adapter, which stays precise under autocast."""
     wide = accumulation_dtype(x, lora_A)
-    with nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return head.scaling * F.linear(F.dropout(x.to(wide), head.dropout_p), lora_A.to(wide))

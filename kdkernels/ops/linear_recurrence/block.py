@@ -6,7 +6,6 @@ of which backward keeps y and u and makes the rest again.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.contract import autocast_dtype
+from kdkernels.contract import without_autocast
 from kdkernels.library import needs as needed
 from kdkernels.library import operator
 from kdkernels.ops.linear_recurrence import native
@@ -68,7 +67,7 @@ def norm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float, needs
 
 @norm_backward.register_fake
 def _(grad: Tensor, input: Tensor, weight: Tensor, eps: float, needs: Sequence[bool]) -> list[Tensor]:
-    return _rooms((input, weight, weight), needs)
+    return native.rooms((input, weight, weight), needs)  # type: ignore[return-value]
 
 
 @operator("kdkernels::gated_mix")
@@ -118,11 +117,7 @@ def mix_backward(
 
 @mix_backward.register_fake
 def _(grad: Tensor, *others: Any) -> list[Tensor]:
-    return _rooms(others[:7], others[-1])
-
-
-def _rooms(like: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    return [x.new_empty(x.shape) if need else None for x, need in zip(like, needs, strict=True)]  # type: ignore[misc]
+    return native.rooms(others[:7], others[-1])  # type: ignore[return-value]
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,8 +161,7 @@ def _again(grad: Tensor) -> Any:
         raise RuntimeError(BATCHED)
     if not torch.is_grad_enabled():
         return None
-    # not what forward was under
-    return nullcontext() if autocast_dtype(grad) is None else torch.autocast(grad.device.type, enabled=False)
+    return without_autocast(grad)  # which is not what forward was under
 
 
 def _gradients(

@@ -60,10 +60,7 @@ def norm_backward(
 ) -> list[Tensor | None]:
     """The gradients of the input, the weight and the bias that are needed."""
     grad, input, weight = map(readable, (grad, input, weight))
-    like = (input, weight, weight)
-    d_input, d_weight, d_bias = found = [
-        torch.empty_like(x) if need else None for x, need in zip(like, needs, strict=True)
-    ]
+    d_input, d_weight, d_bias = found = rooms((input, weight, weight), needs)
     _native.module().narrow_norm_backward(
         _rows(grad), _rows(input), weight, eps, _rows(d_input), d_weight, d_bias, torch.get_num_threads()
     )
@@ -86,12 +83,17 @@ def mix_backward(
 ) -> list[Tensor | None]:
     """The gradients of y, u, D, V, v, G and g that are needed."""
     grad, (y, u, *parameters) = readable(grad), map(readable, tensors)
-    found = [torch.empty_like(x) if need else None for x, need in zip((y, u, *parameters), needs, strict=True)]
+    found = rooms((y, u, *parameters), needs)
     _native.module().gated_mix_backward(
         *map(_rows, (grad, y, u)), *parameters, *map(_rows, (readable(inner), readable(outer))),
         y.shape[1], [*map(_rows, found[:2]), *found[2:]], torch.get_num_threads(),
     )  # fmt: skip
     return found
+
+
+def rooms(like: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """For the gradients that are needed."""
+    return [x.new_empty(x.shape) if need else None for x, need in zip(like, needs, strict=True)]
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

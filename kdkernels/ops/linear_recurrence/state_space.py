@@ -10,7 +10,6 @@ state, C is (p, 2n) with columns re, −im.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import backend as backends
-from kdkernels.contract import autocast_dtype, without_autocast
+from kdkernels.contract import without_autocast
 from kdkernels.library import needs as needed
 from kdkernels.library import operator
 from kdkernels.ops.linear_recurrence import reference
@@ -218,8 +217,7 @@ def _differentiate(ctx: Any, grad: Tensor, grad_last: Tensor, _: Any) -> tuple[A
     if not torch.is_grad_enabled():
         found = layer_backward(grad, grad_last, *tensors, cuts, wanted, ctx.backend)
         return *(x if need else None for x, need in zip(found, wanted, strict=True)), None
-    casting = autocast_dtype(grad) is not None  # not what forward was under
-    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False) if casting else nullcontext():
+    with torch.enable_grad(), without_autocast(grad):  # which is not what forward was under
         return *_composed_gradients(grad, grad_last, tensors, wanted, ctx.backend), None
 
 

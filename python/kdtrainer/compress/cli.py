@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtrainer.compress.config import BASELINES, POSTHOC, QUICK, UNCOMPRESSED, Config
-from kdtrainer.numbers import MOST_THREADS, fraction, number
+from kdtrainer.numbers import fraction, number, threads
 from kdtrainer.recipe import quickly
 
 
@@ -59,7 +59,7 @@ def add_compress(experiments: Any) -> None:
     )
     add("--hsv-regularizer", choices=("nuclear", "energy"), help="Σσ or Σσ² of every layer, added to the loss")
     add("--hsv-weight", type=share, default=1e-3, metavar="W", help="of the regulariser")
-    add("--threads", type=number(int, 1, most=MOST_THREADS), default=d.threads, help="of torch")
+    add("--threads", type=threads, default=d.threads, help="of torch")
     add("--device", choices=("cpu", "cuda"), default=d.device, help="of every process")
     add("--checkpoint-every", type=count, default=100, metavar="STEPS", help="and at the end of each model")
     add("--evaluate-every", type=count, default=50, metavar="STEPS", help="on the test set; the clock stands still")

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kdtrainer.numbers import MOST_THREADS, number
+from kdtrainer.numbers import number, threads
 from kdtrainer.recipe import quickly
 from kdtrainer.speech.config import LABELS, LESSONS, QUICK, QUICK_SEEDS, SEEDS, TEACHERS, Config
 
@@ -56,7 +56,7 @@ def add_speech(experiments: Any) -> None:
     add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="likewise")
     add("--temperature", type=rate, default=d.temperature, help="of the soft targets")
     add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of the losses and of LoRA")
-    add("--threads", type=number(int, 1, most=MOST_THREADS), default=d.threads, help="of torch, in each process")
+    add("--threads", type=threads, default=d.threads, help="of torch, in each process")
     add(
         "--workers",
         type=count,

@@ -102,7 +102,7 @@ def train_all(config: Config, options: Options, ranks: Ranks) -> None:
     sources = sources_of(config)
     splits = Splits(*(tuple(source.path(options.cache) for source in part) for part in sources))
     if options.resume:  # what cannot go on is refused before anything is made
-        ranks.led(lambda: prepare_folder(config, options))
+        ranks.led(lambda: checkpoint.check(options.out, config, field="student_seed"))
     configs = [dataclasses.replace(config, student_seed=config.seed + k) for k in range(options.seeds)]
 
     def jobs(names: Sequence[str], configs: Sequence[Config]) -> list[Job]:
@@ -115,7 +115,7 @@ def train_all(config: Config, options: Options, ranks: Ranks) -> None:
         ranks.led(lambda: make_data(options.cache, every, run_all, bar))
         check_data(config, data(splits.train), data(splits.test))
         if not options.resume:  # the run that was there goes when nothing is left that could be refused
-            ranks.led(lambda: prepare_folder(config, options))
+            ranks.led(lambda: clear_folder(options.out))
         for title, stage in zip(("teachers", "bases", "students"), stages, strict=True):
             on_steps = bar.tasks(title, [job.steps for job in stage])
             run_all(train, stage, on_steps)
@@ -123,12 +123,11 @@ def train_all(config: Config, options: Options, ranks: Ranks) -> None:
         conclude(config, options, splits, [job for stage in stages for job in stage])
 
 
-def prepare_folder(config: Config, options: Options) -> None:
-    """Clear it for a fresh run, or check that it can go on."""
-    checkpoint.prepare(options.out, options.resume, config, field="student_seed")
-    if not options.resume:
-        for path in (options.out / "metrics.jsonl", *(options.out / "metrics").glob("*.jsonl")):
-            path.unlink(missing_ok=True)
+def clear_folder(out: Path) -> None:
+    """For a fresh run."""
+    checkpoint.clear(out)
+    for path in (out / "metrics.jsonl", *(out / "metrics").glob("*.jsonl")):
+        path.unlink(missing_ok=True)
 
 
 def check(config: Config, options: Options) -> None:

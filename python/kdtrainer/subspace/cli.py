@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdtrainer.numbers import MOST_THREADS, number
+from kdtrainer.numbers import number, threads
 from kdtrainer.recipe import quickly
 from kdtrainer.subspace.config import (
     IMAGE_TEACHERS,
@@ -49,7 +49,7 @@ def add_subspace(experiments: Any) -> None:
     add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="of that student, beside labels")
     add("--temperature", type=number(float, 0.0, above=True), default=d.temperature, help="of the soft targets")
     add("--backend", choices=("auto", "reference", "native"), default=d.backend, help="of alignment and soft targets")
-    add("--threads", type=number(int, 1, most=MOST_THREADS), default=d.threads, help="of torch")
+    add("--threads", type=threads, default=d.threads, help="of torch")
     add("--checkpoint-every", type=count, default=200, metavar="STEPS", help="and at the end of each model")
     add("--evaluate-every", type=count, default=200, metavar="STEPS", help="on the test set, for metrics.jsonl")
 

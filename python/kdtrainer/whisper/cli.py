@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdtrainer.numbers import MOST_THREADS, fraction, number
+from kdtrainer.numbers import fraction, number, threads
 from kdtrainer.recipe import quickly
 from kdtrainer.whisper.config import QUICK, Config
 
@@ -44,7 +44,7 @@ def add_whisper(experiments: Any) -> None:
     add("--batch", type=count, default=d.batch, help="sentences in a step")
     add("--rate", type=number(float, 0.0, above=True), default=d.rate, help="of learning, at first")
     add("--backend", choices=("auto", "reference"), default=d.backend, help="reference: plain PyTorch and PEFT")
-    add("--threads", type=number(int, 1, most=MOST_THREADS), default=d.threads, help="of torch")
+    add("--threads", type=threads, default=d.threads, help="of torch")
     add("--checkpoint-every", type=count, default=50, metavar="STEPS", help="and at the end")
 
 

@@ -24,6 +24,7 @@ from kdtrainer.errors import RunError
 from kdtrainer.page import Page, Table, origin, read_json, spread, write_json
 from kdtrainer.progress import ProgressBar, progress_bar
 from kdtrainer.ranks import Ranks, together
+from kdtrainer.recipe import check_distils
 from kdtrainer.speech import synthesis
 from kdtrainer.speech.text import normalised, word_error_rate
 from kdtrainer.train import Task, drawn, fit
@@ -108,10 +109,9 @@ def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
 
 def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks: Ranks) -> None:
     ranks.check_shares({"--batch": min(config.batch, config.train)})
-    if not config.alignment_weight and not config.soft_targets:
-        raise RunError("--alignment-weight and --soft-targets are both 0: nothing would be distilled")
-    prepare = partial(checkpoint.prepare, out, resume, config)
-    kept = ranks.led(prepare) if resume else None  # what cannot go on is refused before anything is made
+    check_distils(config.alignment_weight, config.soft_targets)
+    # what cannot go on is refused before anything is made
+    kept = ranks.led(lambda: checkpoint.check(out, config)) if resume else None
     tokenizer = pretrained.tokenizer()
     shape = shape_of(config)
     first = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
@@ -140,7 +140,9 @@ def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks
         task = distillation(students, heard, encoded(heard, tokenizer), config, ranks)
         path = out / "checkpoints" / "whisper.safetensors"
         torch.manual_seed(config.seed_of("batches"))
-        with metrics.leading(ranks, out / "metrics.jsonl", lambda: kept or 0 if resume else prepare()) as log:
+        with metrics.leading(
+            ranks, out / "metrics.jsonl", lambda: checkpoint.clear(out) if kept is None else kept
+        ) as log:
             on_step = bar.task("distillation", config.steps)
             fit(task, config, path, log, checkpoint_every, on_step, ranks=ranks)
         if not ranks.leads:
