@@ -95,6 +95,7 @@ def test_a_run_leaves_a_table_a_report_metrics_and_a_plot(everything):
     lines = {line.split()[0]: line for line in printed.splitlines() if line.split()}
     assert {*TEACHERS, "ensemble", "base", *ROWS} <= set(lines)
     assert lines["both"].count("±") == 2 and lines["labels"].count("±") == 1
+    assert f"As it is shipped: the student of {ROWS[-1]}, seed 0." in printed.splitlines()
     assert (out / "error_rates.png").read_bytes().startswith(b"\x89PNG")
 
 

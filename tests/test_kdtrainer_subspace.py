@@ -429,7 +429,10 @@ def test_a_whole_run_on_texts_computes_features_once(no_plots, tmp_path, monkeyp
         (("--data", "wordnet", "--teachers", "cnn"), "--teachers names cnn, but for --data wordnet must be of minilm"),
         (("--labels", 99), "--labels is 99, but must be at most"),
         (("--examples", 30), "--data digits leaves 30 examples to train on, but must leave more than a teacher's 32"),
-        (("--data", "nothing.npz"), "--data is 'nothing.npz', but must be"),
+        (
+            ("--data", "nothing.npz"),
+            "--data is 'nothing.npz', but must be digits, fashion-mnist, wordnet or a .npz file",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path, capsys, arguments, said):

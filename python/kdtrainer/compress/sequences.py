@@ -39,12 +39,18 @@ class Sequences:
         return int(torch.cat([self.train_labels, self.test_labels]).max()) + 1
 
 
-def load(name: str, length: int) -> Sequences:
-    """`digits`, `fashion-mnist` or the path of a .npz file. Raises RunError, naming what is wrong."""
+def load(name: str, length: int, others: Sequence[str] = ()) -> Sequences:
+    """`digits`, `fashion-mnist` or the path of a .npz file. Raises RunError, naming what is wrong.
+
+    `others` are names that the caller knows besides.
+    """
     if name == DIGITS:
         return digits(length)
     if name == FASHION_MNIST:
         return fashion_mnist()
+    if not Path(name).is_file():
+        known = ", ".join((DIGITS, FASHION_MNIST, *others))
+        raise RunError(f"--data is {name!r}, but must be {known} or a .npz file that is there")
     return from_file(Path(name))
 
 
@@ -99,8 +105,6 @@ def read_idx(path: Path) -> np.ndarray:
 
 def from_file(path: Path) -> Sequences:
     """x_train, y_train, x_test and y_test of a .npz file, as Keras's mnist.npz has them."""
-    if not path.is_file():
-        raise RunError(f"--data is {str(path)!r}, but must be {DIGITS}, {FASHION_MNIST} or a .npz file that is there")
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):

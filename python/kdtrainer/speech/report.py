@@ -102,6 +102,7 @@ def remarks(found: Results) -> list[str]:
         f"the text of {config.labels} utterances. One teacher: {config.teachers[0]}.",
         f"A student trains at most {share:.2%} of its teachers' {found.teachers_parameters:,} parameters, projectors "
         "included.",
+        f"As it is shipped: the student of {list(found.students)[-1]}, seed {config.seed}.",
     ]
 
 

@@ -41,7 +41,7 @@ def load(config: Config) -> Examples:
 
 def images(name: str) -> Examples:
     """scikit-learn's digits, Fashion-MNIST, or a .npz file of square images."""
-    found = sequences.load(name, DIGIT)
+    found = sequences.load(name, DIGIT, (WORDNET,))
     pixels, channels = found.train.shape[1:]
     side = round(pixels**0.5)
     if side * side != pixels or side % 4:
