@@ -146,7 +146,7 @@ def test_a_run_is_told_resumes_to_the_same_bits_and_is_the_references(toy, tmp_p
     printed = capsys.readouterr().out
     report = json.loads((whole / "report.json").read_text())
     assert set(report["word_error_rates"]) == {"teacher", "before", "after"}
-    assert report["parameters"]["trained"] > report["parameters"]["aligner"] > 0
+    assert len(report["parameters"]["adapters"]) == 1 and min(report["parameters"]["adapters"]) > 0
     assert "WER, synthetic, %" in printed and "50.0" in printed and "apt-get install pocketsphinx-testdata" in printed
     assert "| after |" in (whole / "report.md").read_text()
     assert run_here(whole, experiment="report") == cli.DONE
@@ -198,6 +198,30 @@ def test_students_beside_each_other_learn_what_each_would_alone(toy, tmp_path, c
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
     others = [two[str(len(one) + int(name))] for name in one]
     assert not any(torch.equal(other, two[name]) for name, other in zip(one, others, strict=True))
+
+
+@pytest.mark.native
+def test_students_of_several_ranks_have_a_row_for_each(toy, tmp_path, capsys):
+    one, both = tmp_path / "one", tmp_path / "both"
+    options = *QUICK, "--dropout", "0"
+    assert run(*options, "--lora-rank", "3", "--out", one) == cli.DONE
+    capsys.readouterr()
+    assert run(*options, "--lora-rank", "3,2", "--students", "4", "--out", both) == cli.DONE
+    printed = capsys.readouterr().out
+    assert [line.split()[2] for line in printed.splitlines() if line.split()[:2] == ["after,", "rank"]] == ["3", "2"]
+    counts = json.loads((both / "report.json").read_text())["parameters"]["adapters"]
+    assert counts[0] * 2 == counts[1] * 3
+    alone, found = (checkpoint.weights(folder / "checkpoints" / "whisper.safetensors") for folder in (one, both))
+    assert len(found) == 4 * len(alone)
+    ranks = [min(found[str(k * len(alone))].shape) for k in range(4)]
+    assert ranks == [3, 2, 3, 2]
+    for name, value in alone.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_more_ranks_than_students_are_refused(toy, tmp_path, capsys):
+    assert run(*QUICK, "--lora-rank", "2,3", "--students", "1", "--out", tmp_path) == cli.REFUSED
+    assert "--lora-rank has 2 ranks, but must have at most one for each of 1 students" in capsys.readouterr().err
 
 
 def test_only_the_tokens_of_a_sentence_count(toy):

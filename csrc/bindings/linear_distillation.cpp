@@ -1,9 +1,12 @@
 #include "kdkernels/linear_distillation.h"
 
+#include <algorithm>
+#include <array>
 #include <tuple>
 
 #include "bindings.h"
 #include "isa.h"
+#include "memory.h"
 
 namespace kd {
 namespace {
@@ -60,9 +63,82 @@ Integers64 labels_of(py::handle tensor, int64_t n, int64_t V) {
   return labels;
 }
 
+constexpr int64_t kRow = 16;  // numbers: rows of logits begin at a multiple of them
+
+// Rows of logits, for a call that is over before anybody sees them.
+struct Room {
+  Room(DType dtype, int64_t rows, int64_t cols) {
+    const int64_t stride = (cols + kRow - 1) / kRow * kRow;
+    memory = allocate(size_t(std::max<int64_t>(rows * stride, 1) * size_of(dtype)));
+    view = {memory, dtype, rows, cols, stride, 1};
+  }
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+  ~Room() { release(memory); }
+  void* memory;
+  View view;
+};
+
+View transposed(const View& x) {
+  return {x.data, x.dtype, x.cols, x.rows, x.col_stride, x.row_stride};
+}
+
 }  // namespace
 
 void bind_linear_distillation(py::module_& m) {
+  m.def(
+      "linear_distillation_at_once",
+      [](const Options& options, const py::tuple& operands, const Numbers& student_numbers,
+         const Numbers& teacher_numbers, double divisor, const View& total, const View& grad_states,
+         const View& grad_weight, int threads) {
+        check_threads(threads);
+        if (operands.size() != 6) throw py::value_error("operands are states, weight and bias, and the teacher's");
+        std::array<Held, 6> held;
+        for (size_t i = 0; i < held.size(); ++i) held[i] = hold(operands[i]);
+        const View states = held[0].view, weight = held[1].view, bias = held[2].view, teacher_states = held[3].view,
+                   teacher_weight = held[4].view, teacher_bias = held[5].view;
+        check_given("states", states);
+        check_given("weight", weight);
+        check_given("teacher_states", teacher_states);
+        check_given("teacher_weight", teacher_weight);
+        check_given("total", total);
+        const DType dtype = states.dtype;
+        const int64_t n = states.rows, d = states.cols, V = weight.rows;
+        check_shape("weight", weight, V, d);
+        check_shape("teacher_states", teacher_states, n, teacher_weight.cols);
+        check_shape("teacher_weight", teacher_weight, V, teacher_states.cols);
+        check_shape("grad_states", grad_states, n, d);
+        check_shape("grad_weight", grad_weight, V, d);
+        check_shape("total", total, 1, 1);
+        for (const View& view : {weight, teacher_states, teacher_weight, total, grad_states, grad_weight})
+          check_dtype("an operand", view, dtype);
+        const Room student(dtype, n, V), teacher(dtype, n, V), losses(dtype, n, 1);
+        LinearDistillation p = make(options, dtype, {}, {}, n, V);
+        if (p.alpha != 1) throw py::value_error("alpha is not 1, so labels must be given");
+        p.student = make_logits("student", student.view, bias, student_numbers, n, V);
+        const Logits target = make_logits("teacher", teacher.view, teacher_bias, teacher_numbers, n, V);
+        double sum = 0;
+        p.divisor = divisor;
+        p.losses = losses.view;
+        p.total = {&sum, DType::float64, 1, 1, 1, 1};
+        p.gradient = grad_states || grad_weight;
+        const auto& kernels = *current_isa().linear_distillation;
+        py::gil_scoped_release release;
+        kernels.multiply(states, transposed(weight), student.view, false, nullptr, threads);
+        kernels.multiply(teacher_states, transposed(teacher_weight), teacher.view, false, nullptr, threads);
+        kernels.diverge(p, target, threads);
+        if (grad_states) kernels.multiply(student.view, weight, grad_states, false, nullptr, threads);
+        if (grad_weight) kernels.multiply(transposed(student.view), states, grad_weight, false, nullptr, threads);
+        if (dtype == DType::float64)
+          *static_cast<double*>(total.data) = sum;
+        else
+          *static_cast<float*>(total.data) = static_cast<float>(sum);
+      },
+      "The sum of all losses, and gradients where there is room: of one teacher without labels, all points in one "
+      "block, everything of one dtype.",
+      py::arg("options"), py::arg("operands"), py::arg("student_numbers"), py::arg("teacher_numbers"),
+      py::arg("divisor"), py::arg("total"), py::arg("grad_states"), py::arg("grad_weight"), py::arg("threads"));
+
   m.def(
       "linear_distillation_absorb",
       [](const Options& options, const View& teacher, const View& bias, const Numbers& numbers, const View& excluded,

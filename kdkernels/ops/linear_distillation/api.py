@@ -10,8 +10,8 @@ from torch import Tensor
 from kdkernels import backend as backends
 from kdkernels.contract import autocast_dtype, check_choice, is_whole
 from kdkernels.losses import as_weights, nonzero
+from kdkernels.ops.linear_distillation import at_once, reference, schema, stream
 from kdkernels.ops.linear_distillation import method as methods
-from kdkernels.ops.linear_distillation import reference, schema, stream
 from kdkernels.ops.linear_distillation.arguments import (
     Teacher,
     as_shares,
@@ -109,7 +109,12 @@ def linear_distillation_loss(
     weights = as_weights(weights)
     heads, listed = as_head("student_head", student_head), as_teachers(teachers, teacher_heads)
     options = (divergence, temperature, beta, alpha, mixture, ignore_index, reduction, backend)
-    plan, call, needs = prepare(student, heads, listed, teacher_weights, vocab_map, labels, weights, options)
+    shares = as_shares(teacher_weights, len(listed))
+    plan = _planned(student, heads, listed, shares, labels, weights, options)
+    if plan.once is not None and vocab_map is None:
+        ((teacher, other),) = listed
+        return at_once.loss(plan.once, student, heads, teacher, other)  # type: ignore[arg-type]
+    call, needs = _call(plan, student, heads, listed, shares, vocab_map, labels, weights, options)
     if plan.backend.backend == "reference":
         if undisturbed():
             stream.check_labels(call.labels, call.weights, call.student.width)
@@ -134,17 +139,16 @@ class _Plan(NamedTuple):
     cast: torch.dtype | None  # what autocast makes of states and heads
     dtype: torch.dtype  # of sums
     mean: bool
+    once: at_once.AtOnce | None  # how, where one step does it all
     late: bool  # the mean is taken of the total: float16 gradients would lose small numbers before a scaler saw them
 
 
-def prepare(
-    student: Tensor, head: Head | None, teachers: Sequence[tuple[Teacher, Head | None]], teacher_weights: Any,
-    vocab_map: Any, labels: Tensor | None, weights: Tensor | None, options: tuple[Any, ...],
-) -> tuple[_Plan, Call, list[bool]]:  # fmt: skip
-    """The plan of a checked call, the call itself, and which of the student's tensors need a gradient."""
-    divergence, temperature, beta, alpha, mixture, ignore_index, *_ = options
+def _planned(
+    student: Tensor, head: Head | None, teachers: Sequence[tuple[Teacher, Head | None]], shares: tuple[float, ...],
+    labels: Tensor | None, weights: Tensor | None, options: tuple[Any, ...],
+) -> _Plan:  # fmt: skip
+    """The plan of a checked call."""
     cast = autocast_dtype(student)
-    shares = as_shares(teacher_weights, len(teachers))
     flat = tensors_of(student, head, teachers)
 
     def decide() -> _Plan:
@@ -152,7 +156,25 @@ def prepare(
 
     numbers = [x for h in (head, *(h for _, h in teachers)) if h is not None for x in h[4:]]
     key = (*options, *numbers, len(teachers), shares, backends.default(), cast, torch.is_grad_enabled())
-    plan = PLANS.find((*flat, labels, weights), key, decide)
+    return PLANS.find((*flat, labels, weights), key, decide)
+
+
+def prepare(
+    student: Tensor, head: Head | None, teachers: Sequence[tuple[Teacher, Head | None]], teacher_weights: Any,
+    vocab_map: Any, labels: Tensor | None, weights: Tensor | None, options: tuple[Any, ...],
+) -> tuple[_Plan, Call, list[bool]]:  # fmt: skip
+    """The plan of a checked call, the call itself, and which of the student's tensors need a gradient."""
+    shares = as_shares(teacher_weights, len(teachers))
+    plan = _planned(student, head, teachers, shares, labels, weights, options)
+    return plan, *_call(plan, student, head, teachers, shares, vocab_map, labels, weights, options)
+
+
+def _call(
+    plan: _Plan, student: Tensor, head: Head | None, teachers: Sequence[tuple[Teacher, Head | None]],
+    shares: tuple[float, ...], vocab_map: Any, labels: Tensor | None, weights: Tensor | None, options: tuple[Any, ...],
+) -> tuple[Call, list[bool]]:  # fmt: skip
+    """The call of a plan, and which of the student's tensors need a gradient."""
+    divergence, temperature, beta, alpha, mixture, ignore_index, *_ = options
     N = prod(plan.leading)
     if weights is not None:
         weights = weights.reshape(N)
@@ -176,7 +198,7 @@ def prepare(
     )  # fmt: skip
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in own.tensors[:TRAINED]]
-    return plan, call, needs
+    return call, needs
 
 
 def _plan(
@@ -208,7 +230,10 @@ def _plan(
         backends.refuse_tangents(OP, present)
     mean = reduction == "mean"
     late = mean and any(x.dtype is torch.float16 for x in present)
-    return _Plan(chosen, leading, cast, accumulation_dtype(*present), mean, late)
+    dtype, once = accumulation_dtype(*present), None
+    if chosen.backend == "native" and labels is weights is cast is None and undisturbed():
+        once = at_once.plan(student, head, teachers, options, leading, dtype)
+    return _Plan(chosen, leading, cast, dtype, mean, once, late)
 
 
 def _divided(total: Tensor, call: Call, plan: _Plan) -> Tensor:

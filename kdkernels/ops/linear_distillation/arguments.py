@@ -16,8 +16,9 @@ SUM_SLACK = 1e-4  # by which teacher_weights may miss a sum of 1
 
 def as_teachers(teachers: Any, heads: Any) -> list[tuple[Teacher, Head | None]]:
     """Each teacher and its head."""
-    alone = isinstance(teachers, (Tensor, TopKTeacher))
-    if alone:
+    if isinstance(teachers, (Tensor, TopKTeacher)):
+        if heads is None or isinstance(heads, (Tensor, Head)):
+            return [(teachers, as_head("teacher_heads", heads))]
         teachers = [teachers]
     if not isinstance(teachers, (list, tuple)):
         raise TypeError(f"teachers is {type(teachers).__name__}, but must be a tensor, a TopKTeacher or a list of them")

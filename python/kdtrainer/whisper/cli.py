@@ -24,7 +24,13 @@ def add_whisper(experiments: Any) -> None:
     add("--out", type=Path, default=Path("runs/whisper"), metavar="DIR", help="a fresh run replaces one that is there")
     add("--resume", action="store_true", help="go on from the checkpoint in DIR, to the same bits")
     add("--seed", type=number(int, 0), default=d.seed, help="of sentences, voices, adapters and batches")
-    add("--students", type=count, default=d.students, metavar="K", help="of the same base, trained beside each other")
+    add(
+        "--students",
+        type=count,
+        default=argparse.SUPPRESS,
+        metavar="K",
+        help="of the same base, trained beside each other (default: as many as ranks)",
+    )
     size = quickly(parser, vars(d), QUICK)
     size("--train", "sentences to distil on")
     size("--test", "sentences held back")
@@ -36,7 +42,14 @@ def add_whisper(experiments: Any) -> None:
         default=d.layers,
         help="of the student's encoder, and of its decoder; at most 4",
     )
-    add("--lora-rank", type=count, default=d.rank, dest="rank", metavar="R", help="of each adapter")
+    add(
+        "--lora-rank",
+        type=ranks,
+        default=d.lora_ranks,
+        dest="lora_ranks",
+        metavar="R",
+        help="of the adapters; of several, as in 4,8,16, each student has one, in turn",
+    )
     add("--dropout", type=fraction, default=d.dropout, help="of the adapters' inputs; below 1")
     add("--dimension", type=count, default=d.dimension, metavar="D", help="of the shared space")
     add("--alignment-weight", type=weight, default=d.alignment_weight, metavar="WEIGHT", help="0: nothing is aligned")
@@ -48,9 +61,14 @@ def add_whisper(experiments: Any) -> None:
     add("--checkpoint-every", type=count, default=50, metavar="STEPS", help="and at the end")
 
 
+def ranks(text: str) -> tuple[int, ...]:
+    return tuple(number(int, 1)(part) for part in text.split(","))
+
+
 def whisper(chosen: argparse.Namespace) -> None:
     """Run it. Raises what `student.run` raises."""
     from kdtrainer.whisper import student  # not above: it needs packages that are looked for first
 
-    values = (QUICK if chosen.quick else {}) | Config.chosen(chosen)
+    values: dict[str, Any] = {"students": len(chosen.lora_ranks)}
+    values |= (QUICK if chosen.quick else {}) | Config.chosen(chosen)
     student.run(Config(**values), chosen.out, chosen.resume, chosen.checkpoint_every)

@@ -26,22 +26,28 @@ from kdtrainer.whisper import pair as whisper
 ADAPTER = "default"  # PEFT's name of the only one
 
 
-def siblings(pair: whisper.Pair, seeds: Sequence[int]) -> list[whisper.Pair]:
-    """The pair, and for each seed one with other adapters and projections, and with the same frozen tensors."""
-    return [pair, *(sibling(pair, seed) for seed in seeds)]
+def siblings(
+    pair: whisper.Pair, seeds: Sequence[int], rank_of: Callable[[int], int] | None = None
+) -> list[whisper.Pair]:
+    """The pair, and for each seed one with other adapters and projections, and with the same frozen tensors.
+
+    `rank_of` says for each of them, from 1, what rank its adapters have; they have the pair's without it.
+    """
+    return [pair, *(sibling(pair, seed, rank_of and rank_of(k)) for k, seed in enumerate(seeds, start=1))]
 
 
-def sibling(pair: whisper.Pair, seed: int) -> whisper.Pair:
+def sibling(pair: whisper.Pair, seed: int, rank: int | None) -> whisper.Pair:
     student, aligner = copied(pair.student, pair.aligner)
     torch.manual_seed(seed)
     for layer in student.modules():
         if isinstance(layer, Linear):
             A, B = adapter(layer)
-            at_zero = not B.weight.any()
-            A.reset_parameters()
-            B.reset_parameters()
-            if at_zero:
-                nn.init.zeros_(B.weight)
+            r = rank or A.out_features
+            layer.lora_A[ADAPTER] = nn.Linear(A.in_features, r, bias=False)
+            layer.lora_B[ADAPTER] = nn.Linear(r, B.out_features, bias=False)
+            layer.r[ADAPTER] = layer.lora_alpha[ADAPTER] = r  # which leaves the scaling, their ratio, as it is
+            if not B.weight.any():
+                nn.init.zeros_(adapter(layer)[1].weight)
     aligner.reset_parameters()
     return whisper.Pair(pair.teacher, student, aligner)
 

@@ -15,7 +15,7 @@ class Config(RunConfig):
     test: int = 40
     seconds: int = 8  # that are heard of each, instead of 30
     layers: int = 2  # of the student's encoder, and of its decoder
-    rank: int = 8
+    lora_ranks: tuple[int, ...] = (8,)  # of the adapters, one for each student in turn
     dropout: float = 0.1
     dimension: int = 1280  # D
     alignment_weight: float = 1.0
@@ -25,6 +25,9 @@ class Config(RunConfig):
     rate: float = 1e-3
     backend: str = "auto"
     threads: int = 2
+
+    def rank_of(self, student: int) -> int:
+        return self.lora_ranks[student % len(self.lora_ranks)]
 
 
 QUICK: dict[str, int] = {"train": 40, "test": 6, "steps": 30}

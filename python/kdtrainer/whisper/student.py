@@ -4,7 +4,7 @@ import dataclasses
 import random
 import warnings
 import wave
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,9 +93,10 @@ def distillation(students: Sequence[whisper.Pair], heard: Heard, tokens: Tensor,
 
 
 def shape_of(config: Config) -> whisper.Shape:
-    points = config.seconds * POINTS_A_SECOND
+    """Of the teacher and the first student."""
+    points, rank = config.seconds * POINTS_A_SECOND, config.rank_of(0)
     return dataclasses.replace(
-        whisper.TINY_EN, points=points, student_layers=config.layers, rank=config.rank, dropout=config.dropout
+        whisper.TINY_EN, points=points, student_layers=config.layers, rank=rank, dropout=config.dropout
     )
 
 
@@ -110,12 +111,18 @@ def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
 def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks: Ranks) -> None:
     ranks.check_shares({"--batch": min(config.batch, config.train)})
     check_distils(config.alignment_weight, config.soft_targets)
+    if config.students < len(config.lora_ranks):
+        raise RunError(
+            f"--lora-rank has {len(config.lora_ranks)} ranks, but must have at most one for each of "
+            f"{config.students} students"
+        )
     # what cannot go on is refused before anything is made
     kept = ranks.led(lambda: checkpoint.check(out, config)) if resume else None
     tokenizer = pretrained.tokenizer()
     shape = shape_of(config)
     first = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
-    students = siblings(first, [config.seed_of(f"adapters/{k}") for k in range(1, config.students)])
+    seeds = [config.seed_of(f"adapters/{k}") for k in range(1, config.students)]
+    students = siblings(first, seeds, config.rank_of)
     if config.backend != "reference":
         for pair in students:
             pair.aligner.backend = config.backend
@@ -149,8 +156,9 @@ def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks
             return
         evaluate(AFTER, *(pair.adapted() for pair in students))
     content = {**origin(RECIPE), "config": config.as_json(), "word_error_rates": rates}
-    trained = sum(p.numel() for p in first.trained().values())
-    content["parameters"] = {"teacher": size(first.teacher), "trained": trained, "aligner": size(first.aligner)}
+    beside = size(first.aligner)  # what is trained beside the adapters
+    adapters = [sum(p.numel() for p in pair.trained().values()) - beside for pair in students[: len(config.lora_ranks)]]
+    content["parameters"] = {"teacher": size(first.teacher), "aligner": beside, "adapters": adapters}
     content["seconds"] = checkpoint.progress(path).seconds
     write_json(out, content)
     publish(out)
@@ -247,20 +255,32 @@ def written(model: WhisperForConditionalGeneration, heard: Tensor, tokenizer: An
     return [tokenizer.decode(row[: row.index(pretrained.END)] if pretrained.END in row else row) for row in said]
 
 
+def models(
+    rates: dict[str, dict[str, list[float]]], config: Config
+) -> Iterator[tuple[str, str, Iterable[Sequence[float]]]]:
+    """Name, what it is, and its error rates on each set; students of several ranks have a row for each rank."""
+    ranks = config.lora_ranks
+    for name, found in rates.items():
+        what = MEANINGS[name].format(config.layers)
+        if name != AFTER or len(ranks) == 1:
+            yield name, what, found.values()
+            continue
+        for k, rank in enumerate(ranks):
+            yield f"{name}, rank {rank}", what, [each[k :: len(ranks)] for each in found.values()]
+
+
 def publish(out: Path) -> None:
     """report.md and the table, from report.json."""
     content = read_json(out)
     config, rates = Config.from_json(content["config"]), content["word_error_rates"]
     columns = ("model", "what", *(f"WER, {part}, %" for part in rates[TEACHER]))
-    rows = [
-        [name, MEANINGS[name].format(config.layers), *(spread(each, 1, 100) for each in found.values())]
-        for name, found in rates.items()
-    ]
+    rows = [[name, what, *(spread(each, 1, 100) for each in own)] for name, what, own in models(rates, config)]
     count = content["parameters"]
-    adapters = count["trained"] - count["aligner"]
+    adapters = ", ".join(f"{size:,}" for size in count["adapters"])
+    shares = ", ".join(f"{size / count['teacher']:.2%}" for size in count["adapters"])
     beside = f", for {config.students} students beside each other" if config.students > 1 else ""
     remarks = [
-        f"{adapters:,} parameters of adapters were trained, {adapters / count['teacher']:.2%} of the teacher's, "
+        f"{adapters} parameters of adapters were trained, {shares} of the teacher's, "
         f"and {count['aligner']:,} of the projections, which are dropped at the end.",
         f"{config.steps} steps of {config.batch} utterances took {content['seconds']:.0f} s{beside}.",
     ]
