@@ -29,6 +29,7 @@ ALIGNMENT = "csrc/cpu/projection_alignment.cpp"
 ROWS = "csrc/cpu/alignment_rows.h"
 CHOLESKY = "csrc/cpu/cholesky.h"
 DISTILLATION = "csrc/cpu/linear_distillation.cpp"
+AT_ONCE = "csrc/bindings/linear_distillation.cpp"
 DISTILLATION_TRITON = "kdkernels/ops/linear_distillation/kernels.py"
 VECTOR_MATH = "csrc/cpu/vector_math.h"
 LORA = "csrc/cpu/lora_linear.cpp"
@@ -48,7 +49,7 @@ RECURRENCE_TRITON = "kdkernels/ops/linear_recurrence/kernels.py"
 PARTIAL = "csrc/cpu/partial.h"
 
 OPS = dict.fromkeys((TRITON, ALIGNMENT, ROWS, CHOLESKY), ("projection_alignment_loss",))
-OPS |= dict.fromkeys((DISTILLATION, VECTOR_MATH, DISTILLATION_TRITON), ("linear_distillation_loss",))
+OPS |= dict.fromkeys((DISTILLATION, AT_ONCE, VECTOR_MATH, DISTILLATION_TRITON), ("linear_distillation_loss",))
 OPS |= dict.fromkeys((LORA, LOW_RANK, DROPOUT, LORA_TRITON), ("lora_linear",))
 OPS |= dict.fromkeys((HOUSEHOLDER, JACOBI, SPECTRUM, SVD), ("svd", "svdvals"))
 OPS |= dict.fromkeys((LANES, GENERATOR, HANKEL), ("gramian_factors", "hankel_singular_values"))
@@ -124,6 +125,7 @@ NATIVE_KERNELS = [
     Mutation("element", DISTILLATION, "const Vector<T> slope = q == zero ? zero : log_q - log_p;", "const Vector<T> slope = q == zero ? zero : log_p - log_q;"),
     Mutation("diverge_row", DISTILLATION, "g *= (1 - u) * (1 + u);", "g *= 1 - u;"),
     Mutation("diverge", DISTILLATION, "for (int64_t i = 0; i < x.rows; ++i)\n      sum +=", "for (int64_t i = 1; i < x.rows; ++i)\n      sum +="),
+    Mutation("linear_distillation_at_once", AT_ONCE, "kernels.multiply(transposed(student.view), states,", "kernels.multiply(transposed(teacher.view), states,", "close"),
     Mutation("project", LOW_RANK, "out[(i + q) * r + s * cols + c] = scale * sums[q * cols + c];", "out[(i + q) * r + s * cols + c] = sums[q * cols + c];"),
     Mutation("OuterSum", LOW_RANK, "started_ || i > begin);", "started_ || i >= begin);"),
     Mutation("Dropout", DROPOUT, "words[j] >= limit ? scale * load<T>(from + j) : T{};", "words[j] >= limit ? load<T>(from + j) : T{};"),

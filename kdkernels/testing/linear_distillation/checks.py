@@ -51,6 +51,8 @@ CASES: dict[str, dict[str, Any]] = QUICK | {
     "frozen head": {"frozen": ("student_head", "bias"), "weights": "signed"},
     "frozen states": {"frozen": ("student", "lora_A", "lora_B"), "reduction": "none"},
     "forward only": {"frozen": ("student", "student_head", "bias", "lora_A", "lora_B"), "K": 2},
+    "plain": {"plain": True, "temperature": 2.0},
+    "plain, summed, frozen states": {"plain": True, "frozen": ("student",), "reduction": "sum"},
     "labels alone": {"labels": True, "alpha": 0.0},
     "one point": {"N": 1, "K": 2},
     "no points": {"N": 0, "labels": True, "alpha": 0.5},
