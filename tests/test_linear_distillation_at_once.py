@@ -57,7 +57,7 @@ def test_the_numbers_are_those_of_many_steps(calls, monkeypatch, divergence, dty
         {"student_logits": True},
         {"vocabulary": "truncated"},
         {"dtype": torch.bfloat16},
-        {"N": 3000},
+        {"N": 13_000},
     ],
     ids=str,
 )
