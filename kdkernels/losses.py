@@ -19,6 +19,11 @@ def keep(ctx: Any, grads: Gradients, needs: Sequence[bool]) -> None:
     ctx.grads = [g.detach() if need else g for g, need in zip(grads, needs, strict=True)]  # type: ignore[union-attr]
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """For backward; of what was made in inference mode, as a teacher's states often are, a copy: it cannot be saved."""
+    ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in tensors))
+
+
 def scaled(
     ctx: Any, grad_total: Tensor, grads_of_gradients: Gradients, needs: Sequence[bool], again: Callable[[], Gradients],
     twice: str,

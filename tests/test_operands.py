@@ -297,3 +297,37 @@ def test_options_that_are_arrays_are_named():
     weights = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
     with pytest.raises(TypeError, match=r"weights has dtype torch\.quint8"):
         kd.projection_alignment_loss(x, x, weights=weights)
+
+
+# ---- teachers in inference mode, as their passes are often run
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("points", (7, 5000))
+@pytest.mark.parametrize("op", ("alignment", "distillation", "distillation with labels"))
+def test_a_teacher_may_be_made_in_inference_mode(op, points, reduction, backend):
+    """With its head or projection. What it holds later is its own affair."""
+
+    def draw(seed, *shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    def losses(student, W, teacher, W_t):
+        if op == "alignment":
+            return kd.projection_alignment_loss(student, teacher, W, W_t, reduction=reduction, backend=backend)
+        labels = {"labels": torch.arange(points) % 11, "alpha": 0.5} if "labels" in op else {}
+        return kd.linear_distillation_loss(student, W, teacher, W_t, reduction=reduction, backend=backend, **labels)
+
+    student, W = draw(0, points, 4).requires_grad_(), draw(1, 11, 4).requires_grad_()
+    plain = draw(2, points, 6), draw(3, 11, 6)
+    with torch.inference_mode():
+        made = [x.clone() for x in plain]
+    assert all(x.is_inference() for x in made)
+    expected = torch.autograd.grad(losses(student, W, *plain).sum(), (student, W))
+    found = losses(student, W, *made).sum()
+    with torch.inference_mode():
+        made[0].zero_()
+    for _ in range(2):
+        grads = torch.autograd.grad(found, (student, W), retain_graph=True)
+        for x, y in zip(grads, expected, strict=True):
+            torch.testing.assert_close(x, y)

@@ -82,7 +82,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, plan: AtOnce, operands: tuple[Any, ...], *trained: Tensor) -> Tensor:
         total, grads = run(plan, operands)
         ctx.plan = plan
-        ctx.save_for_backward(*operands)
+        losses.save(ctx, *operands)
         losses.keep(ctx, grads, plan.needs)
         return total
 

@@ -109,7 +109,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
     tensors, ctx.numbers, *data = inputs[:5]
     ctx.options = inputs[5:]
     ctx.operands = len(tensors)
-    ctx.save_for_backward(*tensors, *data)
+    losses.save(ctx, *tensors, *data)
     losses.keep(ctx, output[1:], inputs[7])
 
 
@@ -132,7 +132,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tensors, ctx.numbers, *data = inputs[:5]
     ctx.divergence, ctx.mixture, ctx.backend = inputs[5:]
     ctx.operands = len(tensors)
-    ctx.save_for_backward(*tensors, *data)
+    losses.save(ctx, *tensors, *data)
 
 
 def _weigh_points(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:

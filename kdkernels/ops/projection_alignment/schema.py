@@ -100,7 +100,7 @@ def _gradient_room(operands: Sequence[Tensor | None], needs: Sequence[bool]) -> 
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.save_for_backward(*inputs[:7])
+    losses.save(ctx, *inputs[:7])
     ctx.options = inputs[7:]
     losses.keep(ctx, output[1:], inputs[9])
 
@@ -116,7 +116,7 @@ def _scale_gradients(ctx: Any, grad_total: Tensor | None, *grads_of_gradients: T
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
+    losses.save(ctx, *inputs[:7])
     ctx.metric, ctx.method, ctx.backend = inputs[7:]
 
 
