@@ -56,17 +56,22 @@ def linear_recurrence(
         (reverse, backend, backends.default(), torch.is_grad_enabled()),
         lambda: _decide(Lambda, input, initial_state, reverse, backend),
     )
-    Lambda, input = Lambda.to(plan.compute), input.to(plan.compute)
-    start = None if initial_state is None else initial_state.to(plan.compute)
+    start = initial_state
+    if plan.casts:
+        Lambda, input = Lambda.to(plan.compute), input.to(plan.compute)
+        start = None if start is None else start.to(plan.compute)
     if plan.run is None:
         states = reference.linear_recurrence(Lambda, input, start, reverse)
         return states if states.dtype is plan.dtype else states.to(plan.dtype)
     n = input.shape[-1]
     Lambda = Lambda.reshape(1, n) if plan.shared else Lambda.expand(*plan.leading, n).reshape(plan.sequences, n)
-    if start is not None:
+    if start is not None and start.shape != (plan.sequences, n):
         start = start.expand(*plan.leading, n).reshape(plan.sequences, n)
-    states = plan.run(Lambda, input.reshape(plan.sequences, *input.shape[-2:]), start, reverse, plan.backend)
-    return states.reshape(input.shape).to(plan.dtype)
+    flat = input.dim() == 3
+    points = input if flat else input.reshape(plan.sequences, *input.shape[-2:])
+    states = plan.run(Lambda, points, start, reverse, plan.backend)
+    states = states if flat else states.reshape(input.shape)
+    return states if states.dtype is plan.dtype else states.to(plan.dtype)
 
 
 class _Plan(NamedTuple):
@@ -76,6 +81,7 @@ class _Plan(NamedTuple):
     run: Callable[..., Tensor] | None  # of the operator, in the way that such tensors need; None: the reference
     dtype: torch.dtype  # of the result
     compute: torch.dtype
+    casts: bool  # whether some argument has another dtype
     leading: tuple[int, ...]
     sequences: int
     shared: bool  # one Λ for all sequences
@@ -102,7 +108,8 @@ def _decide(Lambda: Tensor, input: Tensor, initial_state: Tensor | None, reverse
     if chosen.backend != "reference":
         backends.refuse_tangents("linear_recurrence", tensors)
         run = schema.linear_recurrence.route(tensors)
-    return _Plan(chosen.backend, run, dtype, compute, leading, prod(leading), prod(Lambda.shape[:-1]) == 1)
+    casts = any(x.dtype is not compute for x in tensors)
+    return _Plan(chosen.backend, run, dtype, compute, casts, leading, prod(leading), prod(Lambda.shape[:-1]) == 1)
 
 
 def _explain(
