@@ -1,5 +1,6 @@
 """`python -m kdtrainer whisper`: the file that the trained teacher is read from, what is said to it, and whole runs."""
 
+import dataclasses
 import json
 import random
 import re
@@ -173,7 +174,7 @@ def test_a_run_is_told_resumes_to_the_same_bits_and_is_the_references(toy, tmp_p
         [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, plain)
     )
     assert ours[0]["alignment"] == pytest.approx(theirs[0]["alignment"], rel=1e-4)
-    assert ours[0]["soft_targets"] == pytest.approx(theirs[0]["soft_targets"], rel=1e-3, abs=1e-6)
+    assert ours[0]["targets"] == pytest.approx(theirs[0]["targets"], rel=1e-3, abs=1e-6)
 
 
 def test_every_voice_is_one_of_espeaks():
@@ -235,13 +236,49 @@ def test_only_the_tokens_of_a_sentence_count(toy):
     tokens = student.encoded(student.Heard(features, ["A child sold my book.", "A child."]), pretrained.tokenizer())
     assert (tokens[1] == student.IGNORED).any() and not (tokens[0] == student.IGNORED).any()
 
-    def soft_targets(tokens, features):
+    def targets(tokens, features):
         torch.manual_seed(0)
         task = student.distillation([pair], student.Heard(features, []), tokens, config, ALONE)
-        return task.losses(*task.draw())["soft_targets"].item()
+        return task.losses(*task.draw())["targets"].item()
 
-    both = soft_targets(tokens, features)
+    both = targets(tokens, features)
     counts = [(row != student.IGNORED).sum().item() - 1 for row in tokens]
-    parts = [soft_targets(row[None, row != student.IGNORED], x[None]) for row, x in zip(tokens, features, strict=True)]
+    parts = [targets(row[None, row != student.IGNORED], x[None]) for row, x in zip(tokens, features, strict=True)]
     assert min(parts) > 0
     assert both == pytest.approx(sum(n * part for n, part in zip(counts, parts, strict=True)) / sum(counts), rel=1e-4)
+
+
+@pytest.mark.parametrize("soft, hard", [(0.0, 1.0), (1.0, 3.0)])
+def test_hard_labels_are_the_sentences(toy, soft, hard):
+    config = Config(
+        seconds=4, layers=1, batch=2, dropout=0.0, dimension=32, backend="reference", alignment_weight=0.5,
+        soft_targets=soft, hard_labels=hard,
+    )  # fmt: skip
+    shape = student.shape_of(config)
+    pair = whisper.build(shape, config.dimension, 0, pretrained.teacher(shape))
+    features = torch.randn(2, shape.mels, 2 * shape.points)
+    tokens = student.encoded(student.Heard(features, ["A child sold my book.", "A child."]), pretrained.tokenizer())
+
+    def losses(config):
+        torch.manual_seed(0)
+        task = student.distillation([pair], student.Heard(features, []), tokens, config, ALONE)
+        return {name: x.item() for name, x in task.losses(*task.draw()).items()}
+
+    batch, counted = whisper.Batch(features, tokens.clamp_min(0)), tokens[:, 1:] != student.IGNORED
+    states = whisper.states(pair.adapted(), batch).decoder[:, :-1][counted]
+    logits = states @ whisper.head(pair.adapted()).T
+    text = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][counted]).item()
+    found = losses(config)
+    others = losses(dataclasses.replace(config, soft_targets=1.0, hard_labels=0.0))
+    expected = 0.5 * found["alignment"] + soft * others["targets"] + hard * text
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_marks_are_not_written(toy, monkeypatch):
+    """Of whatever state a mark is the likeliest token, or the one after it."""
+    model = pretrained.teacher(TOY)
+    weight = whisper.head(model).clone()
+    weight[pretrained.START], weight[pretrained.START + 1] = 1e3 * torch.ones(16), -1e3 * torch.ones(16)
+    monkeypatch.setattr(whisper, "head", lambda model: weight)
+    said = student.written(model, torch.randn(2, TOY.mels, 2 * TOY.points), pretrained.tokenizer(), most=6)
+    assert len(said) == 2 and not any("<|" in text for text in said)

@@ -54,6 +54,7 @@ def add_whisper(experiments: Any) -> None:
     add("--dimension", type=count, default=d.dimension, metavar="D", help="of the shared space")
     add("--alignment-weight", type=weight, default=d.alignment_weight, metavar="WEIGHT", help="0: nothing is aligned")
     add("--soft-targets", type=weight, default=d.soft_targets, metavar="WEIGHT", help="0: none")
+    add("--hard-labels", type=weight, default=d.hard_labels, metavar="WEIGHT", help="of the sentences themselves")
     add("--batch", type=count, default=d.batch, help="sentences in a step")
     add("--rate", type=number(float, 0.0, above=True), default=d.rate, help="of learning, at first")
     add("--backend", choices=("auto", "reference"), default=d.backend, help="reference: plain PyTorch and PEFT")

@@ -14,12 +14,13 @@ class Config(RunConfig):
     train: int = 400  # utterances
     test: int = 40
     seconds: int = 8  # that are heard of each, instead of 30
-    layers: int = 2  # of the student's encoder, and of its decoder
+    layers: int = 3  # of the student's encoder, and of its decoder
     lora_ranks: tuple[int, ...] = (8,)  # of the adapters, one for each student in turn
     dropout: float = 0.1
     dimension: int = 1280  # D
     alignment_weight: float = 1.0
     soft_targets: float = 1.0
+    hard_labels: float = 1.0  # the sentences themselves
     steps: int = 300
     batch: int = 8
     rate: float = 1e-3

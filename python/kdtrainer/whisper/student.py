@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+import kdkernels as kd
 from kdkernels.integrations.peft import accelerate
 from kdtrainer import checkpoint, metrics
 from kdtrainer.compress.sequences import packaged
@@ -32,7 +33,7 @@ from kdtrainer.whisper import pair as whisper
 from kdtrainer.whisper import pretrained, sentences
 from kdtrainer.whisper.cohort import share_first_layers, siblings, taught
 from kdtrainer.whisper.config import Config
-from kdtrainer.whisper.step import soft_targets_of_logits, soft_targets_of_states
+from kdtrainer.whisper.step import TEMPERATURE
 
 RECIPE, TITLE = "whisper", "Whisper tiny.en into its own first layers"
 RATE = 16000  # samples in a second, of what Whisper hears
@@ -67,7 +68,10 @@ def distillation(students: Sequence[whisper.Pair], heard: Heard, tokens: Tensor,
     Tokens (N, most) are prompt, text, end, and IGNORED behind it. All students hear the same batches, and each learns
     as if it were alone: none shares a trained parameter with another, and the losses are summed.
     """
-    soft = soft_targets_of_logits if config.backend == "reference" else soft_targets_of_states
+    words = config.soft_targets + config.hard_labels  # the weight of what is said of them
+    options: dict[str, Any] = {
+        "alpha": config.soft_targets / (words or 1), "temperature": TEMPERATURE, "backend": config.backend
+    }  # fmt: skip
 
     def losses(chosen: Tensor) -> dict[str, Tensor]:
         counted = tokens[chosen, 1:] != IGNORED  # a token's states say what comes next
@@ -75,16 +79,18 @@ def distillation(students: Sequence[whisper.Pair], heard: Heard, tokens: Tensor,
         batch = whisper.Batch(heard.features[chosen], tokens[chosen, : counted.shape[1]].clamp_min(0))
         teacher = taught(students[0], batch)
         theirs, share = teacher.decoder[counted], ranks.weight(counted.sum())  # (P, width)
+        labels = tokens[chosen, 1:][:, : counted.shape[1]][counted]
         losses: list[Tensor] = []
         parts: dict[str, Tensor] = {}
         for k, pair in enumerate(students):
             student = whisper.states(pair.adapted(), batch)
             alignment = pair.aligner([student.encoder], [teacher.encoder])
             heads = whisper.head(pair.adapted()), whisper.head(pair.teacher)
-            targets = share * soft(student.decoder[counted], heads[0], theirs, heads[1])
-            losses.append(config.alignment_weight * alignment + config.soft_targets * targets)
+            own = student.decoder[counted]
+            targets = share * kd.linear_distillation_loss(own, heads[0], theirs, heads[1], labels=labels, **options)
+            losses.append(config.alignment_weight * alignment + words * targets)
             which = f"_{k}" if len(students) > 1 else ""
-            parts |= {f"alignment{which}": alignment, f"soft_targets{which}": targets}
+            parts |= {f"alignment{which}": alignment, f"targets{which}": targets}
         return {"loss": torch.stack(losses).sum()} | parts
 
     trained = nn.ParameterList(p for pair in students for p in pair.trained().values())  # the rest is the teacher's
@@ -248,7 +254,8 @@ def written(model: WhisperForConditionalGeneration, heard: Tensor, tokenizer: An
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the argument's next name is not in all versions
             states = model.model.decoder(new, encoder_hidden_states=encoder, past_key_values=cache, use_cache=True)
-        new = F.linear(states.last_hidden_state[:, -1:], whisper.head(model)).argmax(-1)
+        logits = F.linear(states.last_hidden_state[:, -1:], whisper.head(model))
+        new = logits[..., : pretrained.END + 1].argmax(-1)  # what is behind are marks, and no text
         ended |= new.squeeze(1) == pretrained.END
         tokens = torch.cat([tokens, new], 1)
     said = (row[len(pretrained.PROMPT) :].tolist() for row in tokens)
