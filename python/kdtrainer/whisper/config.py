@@ -15,7 +15,7 @@ class Config(RunConfig):
     test: int = 40
     seconds: int = 8  # that are heard of each, instead of 30
     layers: int = 3  # of the student's encoder, and of its decoder
-    lora_ranks: tuple[int, ...] = (8,)  # of the adapters, one for each student in turn
+    lora_ranks: tuple[int, ...] = (6,)  # of the adapters, one for each student in turn
     dropout: float = 0.1
     dimension: int = 1280  # D
     alignment_weight: float = 1.0
