@@ -14,9 +14,10 @@ Gradients = Sequence[Tensor | None]
 
 
 def keep(ctx: Any, grads: Gradients, needs: Sequence[bool]) -> None:
-    """For `scaled`: the gradients in `needs`, detached, else the graph would hold itself."""
+    """For `scaled`: the gradients in `needs` alone, detached: an output that is kept as it is makes a graph that holds
+    itself, which nobody frees."""
     ctx.set_materialize_grads(False)
-    ctx.grads = [g.detach() if need else g for g, need in zip(grads, needs, strict=True)]  # type: ignore[union-attr]
+    ctx.grads = [g.detach() if need else None for g, need in zip(grads, needs, strict=True)]  # type: ignore[union-attr]
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -78,4 +79,6 @@ def as_weights(weights: Tensor | None) -> Tensor | None:
         )
     if weights.is_complex() or weights.is_quantized:
         raise TypeError(f"weights has dtype {weights.dtype}, but must be real")
+    if weights.is_inference() and not torch.is_inference_mode_enabled():
+        weights = weights.clone()  # which autograd can save
     return weights if weights.is_floating_point() else weights.to(torch.float32)

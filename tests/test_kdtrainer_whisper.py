@@ -223,6 +223,9 @@ def test_students_of_several_ranks_have_a_row_for_each(toy, tmp_path, capsys):
 def test_more_ranks_than_students_are_refused(toy, tmp_path, capsys):
     assert run(*QUICK, "--lora-rank", "2,3", "--students", "1", "--out", tmp_path) == cli.REFUSED
     assert "--lora-rank has 2 ranks, but must have at most one for each of 1 students" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(*QUICK, "--lora-rank", "2,2", "--out", tmp_path)
+    assert "must name each rank once" in capsys.readouterr().err
 
 
 def test_only_the_tokens_of_a_sentence_count(toy):

@@ -1,5 +1,7 @@
 """Small calls of `linear_distillation_loss` by one step into C++: which go there, and that the numbers are the same."""
 
+import weakref
+
 import pytest
 import torch
 from test_linear_distillation import DTYPES, every_divergence, loss
@@ -34,7 +36,7 @@ def test_the_numbers_are_those_of_many_steps(calls, monkeypatch, divergence, dty
     inputs = bare(divergence=divergence, dtype=dtype, reduction=reduction, frozen=frozen, temperature=1.7)
     outcome = ours(inputs, "native")
     assert len(calls) == 1
-    monkeypatch.setattr(at_once, "SMALL", 0)
+    monkeypatch.setattr(at_once, "MOST", 0)
     monkeypatch.setattr(api, "PLANS", Plans())
     steps = ours(inputs, "native")
     assert len(calls) == 1
@@ -57,7 +59,7 @@ def test_the_numbers_are_those_of_many_steps(calls, monkeypatch, divergence, dty
         {"student_logits": True},
         {"vocabulary": "truncated"},
         {"dtype": torch.bfloat16},
-        {"N": 13_000},
+        {"N": 5000},
     ],
     ids=str,
 )
@@ -122,3 +124,41 @@ def test_other_threads_give_the_same_bits(calls):
     assert len(calls) == 3
     for other in found[1:]:
         assert all(torch.equal(x, other[name]) for name, x in found[0].items())
+
+
+class Marked(torch.Tensor):
+    """A subclass that does nothing."""
+
+
+def test_a_subclass_anywhere_takes_several_steps(calls):
+    inputs = bare()
+    bias = torch.zeros(45).as_subclass(Marked)
+    head = kd.Head(inputs.trained["student_head"], bias)
+    kd.linear_distillation_loss(inputs.trained["student"], head, inputs.teachers, inputs.heads, backend="native")
+    assert not calls
+
+
+def test_a_teachers_graph_is_not_kept(calls):
+    class Token:
+        pass
+
+    alive = []
+
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.token = Token()
+            alive.append(weakref.ref(ctx.token))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    inputs = bare()
+    student = inputs.trained["student"].clone().requires_grad_()
+    teacher = Same.apply(inputs.teachers[0].clone().requires_grad_())
+    head = inputs.trained["student_head"]
+    value = kd.linear_distillation_loss(student, head, teacher, inputs.heads, backend="native")
+    del teacher
+    assert len(calls) == 1 and alive[0]() is None and value.requires_grad

@@ -1,5 +1,7 @@
 """Operands as torch may hand them over: signs and zeros that are nowhere in memory, nothing where memory should be."""
 
+import gc
+
 import pytest
 import torch
 
@@ -305,21 +307,25 @@ def test_options_that_are_arrays_are_named():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 @pytest.mark.parametrize("points", (7, 5000))
-@pytest.mark.parametrize("op", ("alignment", "distillation", "distillation with labels"))
+@pytest.mark.parametrize("op", ("alignment", "alignment, weights", "distillation", "distillation, labels, weights"))
 def test_a_teacher_may_be_made_in_inference_mode(op, points, reduction, backend):
     """With its head or projection. What it holds later is its own affair."""
 
     def draw(seed, *shape):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
-    def losses(student, W, teacher, W_t):
-        if op == "alignment":
-            return kd.projection_alignment_loss(student, teacher, W, W_t, reduction=reduction, backend=backend)
-        labels = {"labels": torch.arange(points) % 11, "alpha": 0.5} if "labels" in op else {}
-        return kd.linear_distillation_loss(student, W, teacher, W_t, reduction=reduction, backend=backend, **labels)
+    def losses(student, W, teacher, W_t, weights):
+        options = {"reduction": reduction, "backend": backend}
+        if "labels" in op:
+            options |= {"labels": torch.arange(points) % 11, "alpha": 0.5}
+        if "weights" in op:
+            options["weights"] = weights
+        if "alignment" in op:
+            return kd.projection_alignment_loss(student, teacher, W, W_t, **options)
+        return kd.linear_distillation_loss(student, W, teacher, W_t, **options)
 
     student, W = draw(0, points, 4).requires_grad_(), draw(1, 11, 4).requires_grad_()
-    plain = draw(2, points, 6), draw(3, 11, 6)
+    plain = draw(2, points, 6), draw(3, 11, 6), draw(4, points)
     with torch.inference_mode():
         made = [x.clone() for x in plain]
     assert all(x.is_inference() for x in made)
@@ -331,3 +337,28 @@ def test_a_teacher_may_be_made_in_inference_mode(op, points, reduction, backend)
         grads = torch.autograd.grad(found, (student, W), retain_graph=True)
         for x, y in zip(grads, expected, strict=True):
             torch.testing.assert_close(x, y)
+
+
+@native_only
+@pytest.mark.parametrize("op", ("alignment", "distillation"))
+def test_a_graph_of_the_graph_is_freed(op):
+    """Backward with create_graph, call after call: nothing of them stays."""
+
+    def step():
+        student, W = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+        if op == "alignment":
+            value = kd.projection_alignment_loss(student, torch.ones(3, 6), W, torch.ones(5, 6), backend="native")
+        else:
+            value = kd.linear_distillation_loss(student, W, torch.ones(3, 6), torch.ones(5, 6), backend="native")
+        torch.autograd.grad(value, (student, W), create_graph=True)
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    for _ in range(2):
+        step()
+    before = tensors()
+    for _ in range(5):
+        step()
+    assert tensors() == before

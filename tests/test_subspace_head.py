@@ -169,7 +169,7 @@ def test_built_on_meta_then_loaded(kind):
     made, h = head(kind, seed=5), features(5, seed=1)
     with torch.device("meta"):
         other = SubspaceHead(D, K, CLASSES, projection=kind, dtype=torch.float64)
-    assert other.R.is_meta
+    assert other.map.weight.is_meta
     other.to_empty(device="cpu").load_state_dict(made.state_dict())
     assert torch.equal(other(h), made(h))
 
@@ -269,6 +269,9 @@ def test_directions_that_are_not_there_are_missed():
     for h in (torch.ones(2, D), torch.ones(0, D)):
         with pytest.raises(RuntimeError, match=r"call fit\(features\) first"):
             made(h)
+    for name in ("R", "offset"):  # with which a student would be aligned
+        with pytest.raises(RuntimeError, match=r"call fit\(features\) first"):
+            getattr(made, name)
     other = SubspaceHead(D, K, CLASSES, projection="pca")
     other.load_state_dict(made.state_dict())
     with pytest.raises(RuntimeError, match=r"call fit\(features\) first"):

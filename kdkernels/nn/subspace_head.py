@@ -76,13 +76,15 @@ class SubspaceHead(nn.Module):
 
     @property
     def R(self) -> Tensor:
-        """(k, d), of the dtype and on the device of the head."""
+        """(k, d), of the dtype and on the device of the head. RuntimeError: `"pca"`, and not fitted."""
+        if isinstance(self.map, PrincipalProjection):
+            self.map.check_fitted()
         return self.map.weight
 
     @property
     def offset(self) -> Tensor | None:
         """What z has beside R h: −R μ (k) of `"pca"`, otherwise None."""
-        return -(self.map.weight @ self.map.mean) if isinstance(self.map, PrincipalProjection) else None
+        return -(self.R @ self.map.mean) if isinstance(self.map, PrincipalProjection) else None
 
     @property
     def seed(self) -> int | None:
@@ -207,10 +209,13 @@ class PrincipalProjection(nn.Module):
         self.weight.copy_(directions * largest.sign())
         self.fitted = True
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(..., d) -> (..., k)."""
+    def check_fitted(self) -> None:
         if not self.fitted:
             raise RuntimeError("the projection is 'pca' and has no directions yet: call fit(features) first")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., d) -> (..., k)."""
+        self.check_fitted()
         return F.linear(features - self.mean, self.weight)
 
     def get_extra_state(self) -> Tensor:

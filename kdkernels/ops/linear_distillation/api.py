@@ -232,7 +232,7 @@ def _plan(
     late = mean and any(x.dtype is torch.float16 for x in present)
     dtype, once = accumulation_dtype(*present), None
     if chosen.backend == "native" and labels is weights is cast is None and undisturbed():
-        once = at_once.plan(student, head, teachers, options, leading, dtype)
+        once = at_once.decide(student, head, teachers, options, leading, dtype)
     return _Plan(chosen, leading, cast, dtype, mean, once, late)
 
 

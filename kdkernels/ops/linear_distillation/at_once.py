@@ -17,7 +17,7 @@ from kdkernels.ops.linear_distillation import schema
 from kdkernels.ops.linear_distillation.call import Side, pack
 from kdkernels.ops.linear_distillation.head import Head
 
-SMALL = 2**24  # multiply-adds: so many take longer than the steps cost, and the vendor may make the products faster
+MOST = 6 * 2**20  # multiply-adds, and logits: beyond, faster products are worth more than the steps cost
 
 
 class AtOnce(NamedTuple):
@@ -31,7 +31,7 @@ class AtOnce(NamedTuple):
     needs: tuple[bool, bool]  # whether states and weight need a gradient
 
 
-def plan(
+def decide(
     student: Tensor, head: Head | None, teachers: Sequence[tuple[Any, Head | None]], options: tuple[Any, ...],
     leading: tuple[int, ...], dtype: torch.dtype,
 ) -> AtOnce | None:  # fmt: skip
@@ -40,15 +40,16 @@ def plan(
     ((teacher, other),) = teachers[:1]
     if len(teachers) > 1 or reduction == "none" or head is None or other is None:
         return None
+    V, widths = head.weight.shape[0], student.shape[-1] + teacher.shape[-1]
     tensors = student, head.weight, teacher, other.weight
     if any(x.dtype is not dtype for x in tensors) or head.weight.shape[0] != other.weight.shape[0]:
         return None
     grad = torch.is_grad_enabled()
     trained_bias = head.bias is not None and grad and head.bias.requires_grad
-    if trained_bias or head.lora_A is not None or other.lora_A is not None or watched(tensors):
+    if trained_bias or head.lora_A is not None or other.lora_A is not None:
         return None
     N = prod(leading)
-    if N * (head.weight.numel() + other.weight.numel()) >= SMALL or vendor_multiplies(dtype, size=0):
+    if N * V * (widths + 2) >= MOST or vendor_multiplies(dtype, size=0) or watched((*tensors, head.bias, other.bias)):
         return None
     return AtOnce(
         (divergence, mixture, float(temperature), float(beta), float(alpha)), _numbers(head), _numbers(other),
@@ -61,7 +62,9 @@ def loss(plan: AtOnce, student: Tensor, head: Head, teacher: Tensor, other: Head
     """The reduced loss."""
     if plan.points is not None:
         student, teacher = (x.reshape(plan.points, x.shape[-1]) for x in (student, teacher))
-    operands = student, head.weight, head.bias, teacher, other.weight, other.bias
+    # teachers are data: a graph of theirs is not kept
+    data = (x.detach() if x is not None and x.requires_grad else x for x in (teacher, other.weight, other.bias))
+    operands = student, head.weight, head.bias, *data
     if not any(plan.needs):
         return run(plan, operands)[0]
     return _Loss.apply(plan, operands, student, head.weight)

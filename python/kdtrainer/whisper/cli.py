@@ -8,6 +8,8 @@ from kdtrainer.numbers import fraction, number, threads
 from kdtrainer.recipe import quickly
 from kdtrainer.whisper.config import QUICK, Config
 
+MOST_RANK = 384  # the width of its states
+
 
 def add_whisper(experiments: Any) -> None:
     parser = experiments.add_parser(
@@ -45,10 +47,10 @@ def add_whisper(experiments: Any) -> None:
     add(
         "--lora-rank",
         type=ranks,
-        default=d.lora_ranks,
+        default=argparse.SUPPRESS,
         dest="lora_ranks",
         metavar="R",
-        help="of the adapters; of several, as in 4,8,16, each student has one, in turn",
+        help=f"of the adapters; of several, as in 4,8,16, each student has one, in turn (default: {d.lora_ranks[0]})",
     )
     add("--dropout", type=fraction, default=d.dropout, help="of the adapters' inputs; below 1")
     add("--dimension", type=count, default=d.dimension, metavar="D", help="of the shared space")
@@ -63,13 +65,16 @@ def add_whisper(experiments: Any) -> None:
 
 
 def ranks(text: str) -> tuple[int, ...]:
-    return tuple(number(int, 1)(part) for part in text.split(","))
+    found = tuple(number(int, 1, most=MOST_RANK)(part) for part in text.split(","))
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError("must name each rank once")
+    return found
 
 
 def whisper(chosen: argparse.Namespace) -> None:
     """Run it. Raises what `student.run` raises."""
     from kdtrainer.whisper import student  # not above: it needs packages that are looked for first
 
-    values: dict[str, Any] = {"students": len(chosen.lora_ranks)}
-    values |= (QUICK if chosen.quick else {}) | Config.chosen(chosen)
+    values: dict[str, Any] = (QUICK if chosen.quick else {}) | Config.chosen(chosen)
+    values.setdefault("students", len(values.get("lora_ranks", Config().lora_ranks)))
     student.run(Config(**values), chosen.out, chosen.resume, chosen.checkpoint_every)

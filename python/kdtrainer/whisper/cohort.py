@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
@@ -48,6 +48,9 @@ def sibling(pair: whisper.Pair, seed: int, rank: int | None) -> whisper.Pair:
             layer.r[ADAPTER] = layer.lora_alpha[ADAPTER] = r  # which leaves the scaling, their ratio, as it is
             if not B.weight.any():
                 nn.init.zeros_(adapter(layer)[1].weight)
+    if rank:
+        adapters = cast(LoraConfig, student.peft_config[ADAPTER])
+        adapters.r = adapters.lora_alpha = rank
     aligner.reset_parameters()
     return whisper.Pair(pair.teacher, student, aligner)
 

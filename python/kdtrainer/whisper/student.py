@@ -116,7 +116,8 @@ def run(config: Config, out: Path, resume: bool, checkpoint_every: int) -> None:
 
 def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks: Ranks) -> None:
     ranks.check_shares({"--batch": min(config.batch, config.train)})
-    check_distils(config.alignment_weight, config.soft_targets)
+    if not config.hard_labels:  # alone they are what distillation is compared with
+        check_distils(config.alignment_weight, config.soft_targets)
     if config.students < len(config.lora_ranks):
         raise RunError(
             f"--lora-rank has {len(config.lora_ranks)} ranks, but must have at most one for each of "
