@@ -79,6 +79,8 @@ def as_weights(weights: Tensor | None) -> Tensor | None:
         )
     if weights.is_complex() or weights.is_quantized:
         raise TypeError(f"weights has dtype {weights.dtype}, but must be real")
+    if not weights.is_floating_point():
+        return weights.to(torch.float32)
     if not torch.compiler.is_compiling() and weights.is_inference() and not torch.is_inference_mode_enabled():
-        weights = weights.clone()  # which autograd can save
-    return weights if weights.is_floating_point() else weights.to(torch.float32)
+        return weights.clone()  # which autograd can save
+    return weights

@@ -63,14 +63,11 @@ Integers64 labels_of(py::handle tensor, int64_t n, int64_t V) {
   return labels;
 }
 
-constexpr int64_t kRow = 16;  // numbers: rows of logits begin at a multiple of them
-
-// Rows of logits, for a call that is over before anybody sees them.
+// Room of a call that is over before anybody sees what was there.
 struct Room {
   Room(DType dtype, int64_t rows, int64_t cols) {
-    const int64_t stride = (cols + kRow - 1) / kRow * kRow;
-    memory = allocate(size_t(std::max<int64_t>(rows * stride, 1) * size_of(dtype)));
-    view = {memory, dtype, rows, cols, stride, 1};
+    memory = allocate(size_t(std::max<int64_t>(rows * cols, 1) * size_of(dtype)));
+    view = {memory, dtype, rows, cols, cols, 1};
   }
   Room(const Room&) = delete;
   Room& operator=(const Room&) = delete;

@@ -37,12 +37,14 @@ def decide(
 ) -> AtOnce | None:  # fmt: skip
     """Of a checked call on the CPU, without labels, weights, maps and autocast; None where it takes several steps."""
     divergence, temperature, beta, alpha, mixture, _, reduction, _ = options
-    ((teacher, other),) = teachers[:1]
-    if len(teachers) > 1 or reduction == "none" or head is None or other is None:
+    if len(teachers) > 1 or reduction == "none":
+        return None
+    ((teacher, other),) = teachers
+    if head is None or other is None:
         return None
     V, widths = head.weight.shape[0], student.shape[-1] + teacher.shape[-1]
     tensors = student, head.weight, teacher, other.weight
-    if any(x.dtype is not dtype for x in tensors) or head.weight.shape[0] != other.weight.shape[0]:
+    if any(x.dtype is not dtype for x in tensors) or other.weight.shape[0] != V:
         return None
     grad = torch.is_grad_enabled()
     trained_bias = head.bias is not None and grad and head.bias.requires_grad

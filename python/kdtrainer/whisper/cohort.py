@@ -26,31 +26,26 @@ from kdtrainer.whisper import pair as whisper
 ADAPTER = "default"  # PEFT's name of the only one
 
 
-def siblings(
-    pair: whisper.Pair, seeds: Sequence[int], rank_of: Callable[[int], int] | None = None
-) -> list[whisper.Pair]:
-    """The pair, and for each seed one with other adapters and projections, and with the same frozen tensors.
-
-    `rank_of` says for each of them, from 1, what rank its adapters have; they have the pair's without it.
-    """
-    return [pair, *(sibling(pair, seed, rank_of and rank_of(k)) for k, seed in enumerate(seeds, start=1))]
+def siblings(pair: whisper.Pair, seeds: Sequence[int]) -> list[whisper.Pair]:
+    """The pair, and for each seed a sibling."""
+    return [pair, *(sibling(pair, seed) for seed in seeds)]
 
 
-def sibling(pair: whisper.Pair, seed: int, rank: int | None) -> whisper.Pair:
+def sibling(pair: whisper.Pair, seed: int, rank: int | None = None) -> whisper.Pair:
+    """With other adapters, of this rank or the pair's, and other projections, and with the same frozen tensors."""
     student, aligner = copied(pair.student, pair.aligner)
+    adapters = cast(LoraConfig, student.peft_config[ADAPTER])
+    if rank is not None:
+        adapters.r = adapters.lora_alpha = rank  # which leaves the scaling, their ratio, as it is
     torch.manual_seed(seed)
     for layer in student.modules():
         if isinstance(layer, Linear):
             A, B = adapter(layer)
-            r = rank or A.out_features
-            layer.lora_A[ADAPTER] = nn.Linear(A.in_features, r, bias=False)
-            layer.lora_B[ADAPTER] = nn.Linear(r, B.out_features, bias=False)
-            layer.r[ADAPTER] = layer.lora_alpha[ADAPTER] = r  # which leaves the scaling, their ratio, as it is
+            layer.lora_A[ADAPTER] = nn.Linear(A.in_features, adapters.r, bias=False)
+            layer.lora_B[ADAPTER] = nn.Linear(adapters.r, B.out_features, bias=False)
+            layer.r[ADAPTER], layer.lora_alpha[ADAPTER] = adapters.r, adapters.lora_alpha
             if not B.weight.any():
                 nn.init.zeros_(adapter(layer)[1].weight)
-    if rank:
-        adapters = cast(LoraConfig, student.peft_config[ADAPTER])
-        adapters.r = adapters.lora_alpha = rank
     aligner.reset_parameters()
     return whisper.Pair(pair.teacher, student, aligner)
 

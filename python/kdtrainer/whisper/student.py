@@ -31,7 +31,7 @@ from kdtrainer.speech.text import normalised, word_error_rate
 from kdtrainer.train import Task, drawn, fit
 from kdtrainer.whisper import pair as whisper
 from kdtrainer.whisper import pretrained, sentences
-from kdtrainer.whisper.cohort import share_first_layers, siblings, taught
+from kdtrainer.whisper.cohort import share_first_layers, sibling, taught
 from kdtrainer.whisper.config import Config
 from kdtrainer.whisper.step import TEMPERATURE
 
@@ -128,8 +128,8 @@ def distil(config: Config, out: Path, resume: bool, checkpoint_every: int, ranks
     tokenizer = pretrained.tokenizer()
     shape = shape_of(config)
     first = whisper.build(shape, config.dimension, config.seed_of("adapters"), pretrained.teacher(shape))
-    seeds = [config.seed_of(f"adapters/{k}") for k in range(1, config.students)]
-    students = siblings(first, seeds, config.rank_of)
+    others = (sibling(first, config.seed_of(f"adapters/{k}"), config.rank_of(k)) for k in range(1, config.students))
+    students = [first, *others]
     if config.backend != "reference":
         for pair in students:
             pair.aligner.backend = config.backend
@@ -284,8 +284,8 @@ def publish(out: Path) -> None:
     columns = ("model", "what", *(f"WER, {part}, %" for part in rates[TEACHER]))
     rows = [[name, what, *(spread(each, 1, 100) for each in own)] for name, what, own in models(rates, config)]
     count = content["parameters"]
-    adapters = ", ".join(f"{size:,}" for size in count["adapters"])
-    shares = ", ".join(f"{size / count['teacher']:.2%}" for size in count["adapters"])
+    adapters = ", ".join(f"{each:,}" for each in count["adapters"])
+    shares = ", ".join(f"{each / count['teacher']:.2%}" for each in count["adapters"])
     beside = f", for {config.students} students beside each other" if config.students > 1 else ""
     remarks = [
         f"{adapters} parameters of adapters were trained, {shares} of the teacher's, "
